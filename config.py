@@ -1,0 +1,212 @@
+"""A frozen dataclass becomes a command line: one field, one flag, its help and its default.
+
+    epochs: int = option(30, "passes over the training split", above=0)
+    ->  --epochs N      passes over the training split (default: 30)
+
+A `bool` becomes --flag/--no-flag, `str | None` is optional, a tuple is comma-separated, `--batch_size`
+is `--batch-size`. Nothing here imports torch, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 (argparse's word)
+    *,
+    short: str | None = None,
+    choices: Sequence[str] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    multiple_of: int | None = None,
+    resumable: bool = False,
+    bare: str | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        default: what a run without the flag takes.
+        help: one line for `--help`.
+        short: a one-letter flag, such as "-b".
+        choices: the only values allowed.
+        above: numbers must be greater than this.
+        at_least: numbers must not be smaller than this.
+        multiple_of: numbers must be divisible by this.
+        resumable: may differ from the checkpoint's when a run is resumed.
+        bare: the value when the flag stands without one (`--resume` is `--resume auto`).
+        aliases: other spellings of the flag.
+    """
+    metadata = {
+        "help": help,
+        "short": short,
+        "choices": choices,
+        "above": above,
+        "at_least": at_least,
+        "multiple_of": multiple_of,
+        "resumable": resumable,
+        "bare": bare,
+        "aliases": aliases,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(config_class: type, argv: Sequence[str] | None = None, **about: Any) -> dict[str, Any]:
+    """Read the flags that a command line gives, exiting with code 2 on a bad one.
+
+    Args:
+        config_class: a frozen dataclass whose fields are `option`s.
+        argv: the words after the script's name; `sys.argv[1:]` when None.
+        about: passed to `argparse.ArgumentParser` (description, epilog).
+
+    Returns:
+        The given fields alone: `config_class(**given)` fills in the defaults, and a resumed run
+        lays them over its saved config.
+    """
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
+    for field, kind in _fields(config_class):
+        _add(parser, field, kind)
+    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_args(words))
+    try:
+        validate(config_class(**given))
+    except UserError as error:
+        parser.error(str(error))
+    return given
+
+
+def validate(config: Any) -> None:
+    """Check every value against its bounds and its choices.
+
+    Raises:
+        UserError: names the flag, the value and what is allowed.
+    """
+    for field in dataclasses.fields(config):
+        value, rule, flag = getattr(config, field.name), field.metadata, _flag(field.name)
+        if value is None:
+            continue
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"{flag} {value}: choose one of {', '.join(rule['choices'])}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {value}: give a finite number")
+        if rule["above"] is not None and value <= rule["above"]:
+            raise UserError(f"{flag} {value}: give a number above {rule['above']}")
+        if rule["at_least"] is not None and value < rule["at_least"]:
+            raise UserError(f"{flag} {value}: give a number of at least {rule['at_least']}")
+        if rule["multiple_of"] is not None and value % rule["multiple_of"]:
+            raise UserError(f"{flag} {value}: give a multiple of {rule['multiple_of']}")
+
+
+def differences(saved: Any, current: Any) -> list[str]:
+    """Name the options that may not change on resuming, yet do: "--crop-size: 256, now 128"."""
+    return [
+        f"{_flag(f.name)}: {_text(getattr(saved, f.name))}, now {_text(getattr(current, f.name))}"
+        for f in dataclasses.fields(saved)
+        if not f.metadata["resumable"] and getattr(saved, f.name) != getattr(current, f.name)
+    ]
+
+
+def from_dict(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Turn `as_dict`'s result back into a config, checking names, types and bounds.
+
+    Raises:
+        UserError: an unknown name, a wrong type or a value out of bounds.
+    """
+    kinds = {f.name: kind for f, kind in _fields(config_class)}
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise UserError(f"config: {name} is unknown to this version")
+        kind = typing.get_origin(kinds[name]) or kinds[name]
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
+            raise UserError(f"config: {name} is {value!r}, expected {kind.__name__}")
+        read[name] = value
+    config = config_class(**read)
+    validate(config)
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return the config as JSON's types: tuples become lists."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _fields(config_class: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(config_class)
+    return [(f, _required_type(hints[f.name])) for f in dataclasses.fields(config_class)]
+
+
+def _required_type(hint: Any) -> Any:
+    """`str | None` -> `str`."""
+    if isinstance(hint, types.UnionType):
+        return next(a for a in hint.__args__ if a is not type(None))
+    return hint
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
+    rule = field.metadata
+    shown = "" if field.default is None else f" (default: {_text(field.default)})"
+    words: dict[str, Any] = {
+        "dest": field.name,
+        "help": (rule["help"] + shown).replace("%", "%%"),
+    }
+    flags = [_flag(field.name), *rule["aliases"]]
+    if kind is bool:
+        words["action"] = argparse.BooleanOptionalAction
+        parser.add_argument(_flag(field.name), **words)
+        return
+    if rule["short"]:
+        flags.insert(0, rule["short"])
+    if rule["choices"]:
+        words["choices"] = rule["choices"]
+    if rule["bare"]:
+        words |= {"nargs": "?", "const": rule["bare"]}
+    if typing.get_origin(kind) is tuple:
+        words |= {"type": _int_tuple, "metavar": "N,N"}
+    else:
+        words |= {"type": kind}
+        if not rule["choices"]:
+            words["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+    parser.add_argument(*flags, **words)
+
+
+def _hyphens(word: str) -> str:
+    """--batch_size=4 -> --batch-size=4; values and other words stay."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _int_tuple(text: str) -> tuple[int, ...]:
+    """'0,128,255' -> (0, 128, 255)."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 0,255") from None

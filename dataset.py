@@ -1,0 +1,223 @@
+"""Pairs of images as a PyTorch dataset, and the batches of an epoch.
+
+    sample    before (3, H, W) uint8, after (3, H, W) uint8, mask (H, W) uint8, 255 = ignore
+    batch     the same with B in front; bytes until the device: four times less to move
+
+Training takes random crops, as many per image and epoch as a grid of patches has; evaluation takes
+the grid itself. Both pad with zeros and `ignore` where an image ends; nothing is ever resized.
+A sample is a function of (seed, epoch, index): the number of workers, the order and a resumed run
+change nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from errors import UserError
+from image_io import (
+    IGNORE,
+    MaskCoding,
+    choose_mask_coding,
+    label_values,
+    read_image,
+    read_label,
+    read_size,
+)
+from layouts import Pair, find_pairs
+from transforms import Augment
+
+Sample = tuple[Tensor, Tensor, Tensor]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+
+
+class FileSource:
+    """Reads windows of pairs from their files, keeping the last two decoded pairs.
+
+    Sixteen patches of one LEVIR-CD image then decode it once, as long as they come in order.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], coding: MaskCoding) -> None:
+        self.pairs = tuple(pairs)
+        self.coding = coding
+        self.sizes = [read_size(pair.label) for pair in pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, number: int, top: int, left: int, side: int) -> Arrays:
+        """Return a window of a pair: (h, w, 3), (h, w, 3) and class indices (h, w), all uint8.
+
+        The window is cut where the image ends, so h and w may be less than `side`.
+        """
+        window = np.s_[top : top + side, left : left + side]
+        before, after, mask = _decode(self.pairs[number], self.coding)
+        if mask.shape != self.sizes[number]:
+            raise UserError(f"{self.pairs[number].label}: changed its size during the run")
+        return before[window], after[window], mask[window]
+
+
+@lru_cache(maxsize=2)
+def _decode(pair: Pair, coding: MaskCoding) -> Arrays:
+    mask = coding.decode(read_label(pair.label), pair.label)
+    before, after = read_image(pair.before), read_image(pair.after)
+    for path, image in ((pair.before, before), (pair.after, after)):
+        if image.shape[:2] != mask.shape:
+            raise UserError(f"{path}: {image.shape[:2]} does not match its label's {mask.shape}")
+    return before, after, mask
+
+
+class ChangeDataset(Dataset[Sample]):
+    """Crops (with `augment`) or grid patches (without) of pairs of images.
+
+    `dataset[index]` is a sample of epoch 0, `dataset[epoch, index]` of any epoch; without
+    `augment` all epochs are alike.
+
+    Args:
+        source: the pairs, see `FileSource`.
+        crop_size: side of a crop or patch, in pixels.
+        augment: makes this a training set.
+        seed: of crops and augmentation.
+    """
+
+    def __init__(
+        self,
+        source: FileSource,
+        *,
+        crop_size: int = 256,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.crop_size = crop_size
+        self.augment = augment
+        self.seed = seed
+        self.patches = [
+            (number, top, left)
+            for number, (height, width) in enumerate(source.sizes)
+            for top in range(0, height, crop_size)
+            for left in range(0, width, crop_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        number, top, left = self.patches[index]
+        if self.augment is None:
+            return self._window(number, top, left)
+        rng = np.random.default_rng((self.seed, epoch, index))
+        height, width = self.source.sizes[number]
+        top = int(rng.integers(max(height - self.crop_size, 0) + 1))
+        left = int(rng.integers(max(width - self.crop_size, 0) + 1))
+        return self.augment(*self._window(number, top, left), rng)
+
+    def _window(self, number: int, top: int, left: int) -> Sample:
+        before, after, mask = self.source.read(number, top, left, self.crop_size)
+        bottom, right = (self.crop_size - n for n in mask.shape)
+        images = [
+            torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in (before, after)
+        ]
+        classes = torch.from_numpy(np.ascontiguousarray(mask))
+        if bottom or right:
+            images = [F.pad(x, (0, right, 0, bottom)) for x in images]
+            classes = F.pad(classes, (0, right, 0, bottom), value=IGNORE)
+        return images[0], images[1], classes
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of one epoch as lists of (epoch, index); `set_epoch` before each.
+
+    The epoch travels with every key, so workers that live on from epoch to epoch need no word.
+
+    Args:
+        num_samples: of the dataset.
+        batch_size: samples in a batch.
+        shuffle: in an order drawn from (seed, epoch); it also drops an incomplete last batch,
+            unless that is the only one.
+        seed: of the order.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, shuffle: bool, seed: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with when a run goes on in its middle."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return max(1, whole) if self.shuffle else whole + bool(rest)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            # a stream of its own: (seed, epoch, index) belongs to the samples
+            order = np.random.default_rng((self.seed, self.epoch, 0, 1)).permutation(order)
+        for batch in range(self.first_batch, len(self)):
+            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, int(index)) for index in part]
+
+
+def make_loader(
+    dataset: ChangeDataset,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> DataLoader[Sample]:
+    """Return a loader whose `batch_sampler` is an `EpochSampler`; workers live on between epochs."""
+    sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
+
+
+def open_dataset(
+    root: str | Path,
+    split: str = "val",
+    *,
+    num_classes: int = 1,
+    crop_size: int = 256,
+    mask_values: Sequence[int] | None = None,
+) -> ChangeDataset:
+    """Open one split for looking and scoring, as a notebook wants it.
+
+    Args:
+        root: the dataset's folder, in any layout of `layouts.py`.
+        split: "train", "val" or "test".
+        num_classes: 1 for binary.
+        crop_size: side of a patch.
+        mask_values: the value of class 0, 1, ...; told from the labels when None.
+
+    Raises:
+        UserError: as `find_pairs` and `choose_mask_coding`.
+    """
+    layout = find_pairs(root)
+    if split not in layout.splits:
+        raise UserError(f"{layout.root}: has no {split} split, only {', '.join(layout.splits)}")
+    pairs = layout.splits[split]
+    values: set[int] = set()
+    if mask_values is None:
+        for pair in pairs:
+            values |= label_values(read_label(pair.label), pair.label)
+    coding = choose_mask_coding(values, num_classes, mask_values)
+    return ChangeDataset(FileSource(pairs, coding), crop_size=crop_size)

@@ -1,0 +1,89 @@
+"""What a user can get wrong, and how a script ends: one clear line and an exit code.
+
+0    done
+1    an unexpected error: our fault, with its traceback
+2    UserError: usage, configuration, data, checkpoint
+3    DivergedError: the loss or the weights are no longer finite
+130  Ctrl-C, after a checkpoint was saved;  143  SIGTERM, likewise
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the value, the file and the remedy."""
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Training left the finite numbers; the last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its state has been saved.
+
+    Args:
+        message: what was saved, and the command that resumes.
+        signal_number: 2 for Ctrl-C, 15 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequest:
+    """Notes Ctrl-C and SIGTERM, so that a run can end where its state is whole.
+
+    The first signal only sets `signal_number`. A second one more than two seconds later leaves at
+    once: torchrun and the terminal both deliver the first, so an echo must not count.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._first = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if not self.signal_number:
+            self.signal_number, self._first = number, time.monotonic()
+            print("\nstopping after this step; again to leave at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._first > 2:
+            raise KeyboardInterrupt
+
+
+def run_script(script: Callable[[], object]) -> int:
+    """Run a script's body and turn its end into an exit code, without a traceback for users."""
+    try:
+        script()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,124 @@
+"""Weights for the encoder: torchvision's ImageNet ones, or a file.
+
+A wrong or missing file is an error with its remedies; random weights are never put in silently.
+"""
+
+import pickle
+import socket
+import urllib.error
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from errors import UserError
+from model import Encoder
+
+TIMEOUT = 15  # seconds without an answer before a download is given up
+REMEDIES = (
+    "give --weights PATH with a state dict of this backbone, "
+    "or --weights none to train from scratch"
+)
+
+
+class WeightsUnavailableError(UserError):
+    """The ImageNet weights cannot be had right now."""
+
+
+def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
+    """Fill the encoder and say with what.
+
+    Args:
+        encoder: is changed in place.
+        backbone: its name, a key of `model.ENCODERS`.
+        source: "imagenet", "none", or the path of a state dict (torchvision's names, with or
+            without the classifier) or of one of our checkpoints.
+
+    Returns:
+        A phrase for the log, such as "ImageNet (ResNet50_Weights.IMAGENET1K_V2)".
+
+    Raises:
+        WeightsUnavailableError: no network, or a broken download.
+        UserError: the file is missing, unreadable or of another architecture.
+    """
+    if source == "none":
+        return "none: the encoder starts from random numbers"
+    if source == "imagenet":
+        weights = get_model_weights(backbone).DEFAULT
+        _fill(encoder, download(weights.url), weights.url)
+        return f"ImageNet ({weights})"
+    _fill(encoder, read_state_dict(Path(source)), source)
+    return source
+
+
+def download(url: str) -> dict[str, Tensor]:
+    """Fetch a state dict into torch.hub's cache, its SHA-256 checked against the file's name.
+
+    Raises:
+        WeightsUnavailableError: unreachable, broken off, or not the file that was asked for.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (urllib.error.URLError, OSError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise WeightsUnavailableError(
+            f"{url}: cannot be downloaded ({reason}); {REMEDIES}"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsUnavailableError(
+            f"{url}: the download is broken ({reason}); delete {cached} if it is there and try "
+            f"again, or {REMEDIES}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, running no code in it.
+
+    Raises:
+        UserError: missing, unreadable, or something else than a dictionary of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file; {REMEDIES}")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises half a dozen types for a broken file, and names its own internals
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--weights {path}: not a readable PyTorch file ({reason}); {REMEDIES}"
+        ) from None
+    for key in ("model", "state_dict"):  # a training checkpoint, ours or a neighbour's
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"--weights {path}: holds no state dict; {REMEDIES}")
+    return content
+
+
+def _fill(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
+    prefix = "encoder.backbone."
+    if any(key.startswith(prefix) for key in state):
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    wanted = encoder.backbone.state_dict()
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or shapes:
+        what = f"lacks {missing[0]}" if missing else f"has another shape for {shapes[0]}"
+        raise UserError(
+            f"{source}: does not fit the backbone: it {what} "
+            f"({len(missing)} missing, {len(shapes)} of other shape, {len(wanted)} wanted); "
+            "give weights of the same backbone, or change --backbone"
+        )
+    encoder.backbone.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})

@@ -1,0 +1,193 @@
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import load_model, previous_of, read_checkpoint, restore, save_checkpoint
+from errors import UserError
+from model import SiameseUNet, build_model
+
+KWARGS = {"backbone": "resnet18", "num_classes": 1, "freeze_backbone": True}
+
+
+@pytest.fixture(scope="module")
+def model() -> SiameseUNet:
+    torch.manual_seed(0)
+    return build_model(**KWARGS).eval()  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def state(model: SiameseUNet) -> dict[str, Any]:
+    return {"model": model.state_dict(), "model_kwargs": KWARGS, "config": {"lr": 1.0}, "data": {}}
+
+
+def tiny_state(value: float = 0.0) -> dict[str, Any]:
+    return {
+        "model": {"w": torch.full((1000,), value)},
+        "model_kwargs": {},
+        "config": {},
+        "data": {},
+    }
+
+
+def test_a_model_comes_back_as_it_was(model: SiameseUNet, state: dict, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "best.pt", state)
+    loaded = load_model(tmp_path / "best.pt")
+    before, after = torch.randint(0, 256, (2, 1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(loaded(before, after), model(before, after))
+    assert not loaded.training
+    assert loaded.encoder.frozen
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_c6_weights_of_a_compiled_model_keep_plain_names(model: SiameseUNet) -> None:
+    compiled = build_model(**KWARGS)  # type: ignore[arg-type]
+    compiled.compile()
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for value in (1.0, 2.0, 3.0):
+        save_checkpoint(path, tiny_state(value), keep_previous=True)
+    assert read_checkpoint(path)["model"]["w"][0] == 3
+    assert read_checkpoint(previous_of(path))["model"]["w"][0] == 2
+
+
+def test_r18_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, tiny_state(1.0))
+    with pytest.raises(UserError, match="w is no longer finite"):
+        save_checkpoint(path, tiny_state(float("nan")))
+    assert read_checkpoint(path)["model"]["w"][0] == 1
+
+
+def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, tiny_state(1.0))
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from checkpoint import save_checkpoint; from errors import run_script\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "state = {'model': {'w': torch.zeros(100_000)}, 'model_kwargs': {}, 'config': {}, 'data': {}}\n"
+        "sys.exit(run_script(lambda: save_checkpoint(Path(sys.argv[1]), state)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True, text=True, cwd=Path(checkpoint.__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be saved, it needs 0 MB" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_checkpoint(path)["model"]["w"][0] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", os.urandom(5000), b"PK\x03\x04broken"]
+)
+def test_c1_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="x.pt: not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+def test_c1_truncated_and_missing(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(path)
+    save_checkpoint(path, tiny_state())
+    path.write_bytes(path.read_bytes()[:-700])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+def test_c2_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, tiny_state(1.0))
+    content = bytearray(path.read_bytes())
+    where = content.find(torch.ones(4).numpy().tobytes())
+    assert where > 0
+    content[where + 1] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["model"]["w"].ne(1).any()  # torch does not notice
+    with pytest.raises(UserError, match="fails its check sum"):
+        read_checkpoint(path)
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_c3_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
+    path, target = tmp_path / "x.pt", tmp_path / "touched"
+    torch.save({"model": Evil(target)}, path, _use_new_zipfile_serialization=zipped)
+    if not zipped:
+        path.write_bytes(pickle.dumps(Evil(target)))
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        read_checkpoint(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("key", ["format", "model", "model_kwargs", "config", "data"])
+def test_c4_missing_keys_are_named(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    content = {"format": 1, **tiny_state()}
+    del content[key]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"'{key}' is NoneType"):
+        read_checkpoint(path)
+
+
+def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    weights = dict(state["model"])
+    weights["head.bias"] = torch.zeros(7)
+    save_checkpoint(path, {**state, "model": weights})
+    with pytest.raises(UserError, match="model does not fit.*head.bias"):
+        load_model(path)
+    save_checkpoint(path, {**state, "model_kwargs": {"backbone": "resnet18", "colour": 1}})
+    with pytest.raises(UserError, match="colour"):
+        load_model(path)
+    save_checkpoint(path, {**state, "model_kwargs": {"backbone": "resnet99"}})
+    with pytest.raises(UserError, match="resnet99"):
+        load_model(path)
+
+
+def test_c9_newer_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({**tiny_state(), "format": 2, "versions": {"repository": "9.9"}}, path)
+    with pytest.raises(UserError, match=r"format 2 is newer than this code's 1.*9\.9"):
+        read_checkpoint(path)
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../outside", "x")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        read_checkpoint(path)
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_restore_names_the_part() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(UserError, match="run.pt: its optimizer does not fit"):
+        restore({"optimizer": optimizer}, {"optimizer": {"param_groups": []}}, "run.pt")
+    with pytest.raises(UserError, match="its optimizer does not fit"):
+        restore({"optimizer": optimizer}, {}, "run.pt")

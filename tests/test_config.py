@@ -1,0 +1,92 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import config as cli
+from config import option
+from errors import UserError
+from main import Config
+
+
+@dataclass(frozen=True)
+class Small:
+    count: int = option(3, "a 100 % count", short="-c", above=0)
+    rate: float = option(0.5, "a rate", at_least=0)
+    side: int = option(64, "a side", multiple_of=32)
+    fast: bool = option(False, "a switch")
+    maybe: bool | None = option(None, "a switch without a default")
+    kind: str = option("a", "a choice", choices=("a", "b"))
+    where: str | None = option(None, "a place", bare="auto", resumable=True, aliases=["--place"])
+    values: tuple[int, ...] | None = option(None, "numbers")
+
+
+def test_only_given_flags_come_back() -> None:
+    assert cli.parse(Small, []) == {}
+    argv = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255".split()
+    assert cli.parse(Small, argv) == {
+        "count": 4, "rate": 2.0, "fast": True, "maybe": False, "kind": "b", "where": "auto",
+        "values": (0, 128, 255),
+    }  # fmt: skip
+
+
+def test_underscores_and_aliases_are_the_same_flag() -> None:
+    assert cli.parse(Config, ["--batch_size=4", "--data-path", "a_b"]) == {
+        "batch_size": 4,
+        "data_dir": "a_b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("-c 0", "--count 0: give a number above 0"),
+        ("-c x", "invalid int value: 'x'"),
+        ("--rate -1", "--rate -1.0: give a number of at least 0"),
+        ("--rate nan", "--rate nan: give a finite number"),
+        ("--side 33", "--side 33: give a multiple of 32"),
+        ("--kind c", "choose from"),
+        ("--values 0;1", "give whole numbers, such as 0,255"),
+        ("--unknown 1", "unrecognized arguments: --unknown 1"),
+    ],
+)
+def test_r16_bad_flag_exits_with_2(argv: str, says: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Small, argv.split())
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_dict_round_trip_through_json() -> None:
+    config = Small(count=7, values=(0, 1), maybe=True)
+    assert cli.from_dict(Small, json.loads(json.dumps(cli.as_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "values", [{"colour": 1}, {"count": "3"}, {"count": 0}, {"kind": "c"}, {"fast": "yes"}]
+)
+def test_c4_wrong_config_is_named(values: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(values))):
+        cli.from_dict(Small, values)
+
+
+def test_only_options_that_matter_count_as_different() -> None:
+    assert cli.differences(Small(), Small(where="x")) == []
+    assert cli.differences(Small(), Small(count=4)) == ["--count: 3, now 4"]
+
+
+def test_help_shows_every_option_without_importing_torch() -> None:
+    main = Path(__file__).parents[1] / "main.py"
+    script = (
+        f"import sys, runpy; sys.argv = ['main.py', '--help']; sys.path.insert(0, {str(main.parent)!r})\n"
+        f"try: runpy.run_path({str(main)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    for flag in ("--data-dir", "-b N, --batch-size N", "--resume [TEXT]", "--amp {auto,off,"):
+        assert flag in done.stdout

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from errors import UserError
+from hardware import (
+    default_workers,
+    describe,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_auto_finds_a_device() -> None:
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cpu:3", "gpu", "meta"])
+def test_r16_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=f"--device {name}"):
+        pick_device(name)
+
+
+def test_r16_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: .*--device auto"):
+        pick_device("cuda")
+
+
+def test_precision_is_bf16_where_it_pays_and_never_fp16_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for supported, expected in ((True, "bf16"), (False, "off")):
+        monkeypatch.setattr("hardware._cpu_multiplies_bf16", lambda s=supported: s)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert pick_precision("auto", CPU) == expected
+        assert pick_precision("auto", torch.device("cuda")) == expected
+    assert pick_precision("auto", torch.device("mps")) == "off"
+    assert pick_precision("fp16", CPU) == "fp16"
+
+
+def test_the_rest_answers() -> None:
+    assert 0 <= default_workers() <= 8
+    assert "threads" in describe(CPU)
+    keep_freed_memory()

@@ -1,0 +1,55 @@
+"""The floors: a file imports only from the floors below it."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "errors": 0, "config": 1, "layouts": 1, "image_io": 1, "transforms": 1, "sample_data": 1,
+    "hardware": 1, "optimizer": 2, "model": 1, "losses": 2, "dataset": 2, "data_check": 2,
+    "metrics": 2, "checkpoint": 2, "pretrained": 2, "tracking": 2, "visualize": 3, "engine": 3,
+    "run_folder": 3, "main": 4,
+}  # fmt: skip
+OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
+# What each part of the science may not know of
+IGNORANT = {
+    "model": {"argparse", "mlflow", "config", "tracking", "engine"},
+    "losses": {"argparse", "mlflow", "config", "tracking", "engine", "model"},
+    "dataset": {"argparse", "mlflow", "config", "tracking", "engine", "model"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_file_says_its_floor() -> None:
+    assert {p.stem for p in ROOT.glob("*.py")} == set(FLOORS)
+
+
+def test_imports_go_down() -> None:
+    for name, floor in FLOORS.items():
+        for other in imports(ROOT / f"{name}.py") & set(FLOORS):
+            assert FLOORS[other] < floor, f"{name} imports {other}"
+
+
+def test_only_the_promised_packages_are_needed() -> None:
+    for name in FLOORS:
+        foreign = imports(ROOT / f"{name}.py") - set(FLOORS) - set(sys.stdlib_module_names)
+        assert foreign <= OUTSIDE, f"{name} imports {foreign - OUTSIDE}"
+
+
+def test_the_science_knows_nothing_of_the_engineering() -> None:
+    for name, strangers in IGNORANT.items():
+        assert not imports(ROOT / f"{name}.py") & strangers
+
+
+def test_no_file_shadows_an_installed_package() -> None:
+    assert not set(FLOORS) & set(sys.stdlib_module_names)

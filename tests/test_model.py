@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from losses import CombinedIoULoss
+from model import ENCODERS, FUSIONS, WIDTHS, SiameseUNet, build_model
+
+
+def pair(*size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    before, after = torch.randint(0, 256, (2, *size), dtype=torch.uint8, generator=generator)
+    return before, after
+
+
+@pytest.fixture(scope="module")
+def small() -> SiameseUNet:
+    torch.manual_seed(0)
+    return build_model(backbone="resnet18", freeze_backbone=True).eval()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("size", [(64, 64), (33, 70)])
+def test_encoder_keeps_its_word_on_channels_and_strides(name: str, size: tuple[int, int]) -> None:
+    encoder = ENCODERS[name](name).eval()
+    with torch.no_grad():
+        features = encoder(torch.rand(2, 3, *size))
+    for feature, channels, stride in zip(
+        features, encoder.channels, encoder.strides, strict=True
+    ):
+        assert feature.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_frozen_encoder_changes_neither_weights_nor_statistics(name: str) -> None:
+    model = build_model(backbone=name, freeze_backbone=True).train()
+    before = copy.deepcopy(model.encoder.state_dict())
+    rest = copy.deepcopy(model.decoder.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    target = torch.randint(0, 2, (2, 32, 32))
+    CombinedIoULoss()(model(*pair(2, 3, 32, 32)), target).backward()
+    optimizer.step()
+    assert not model.encoder.training
+    for key, value in model.encoder.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert any(not torch.equal(v, rest[k]) for k, v in model.decoder.state_dict().items())
+
+
+def test_unfrozen_encoder_learns_and_counts() -> None:
+    model = build_model(backbone="resnet18", freeze_backbone=False).train()
+    model(*pair(2, 3, 32, 32)).sum().backward()
+    assert model.encoder.backbone.conv1.weight.grad.abs().sum() > 0
+    assert model.encoder.backbone.bn1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_fusion_has_its_shape_and_feels_both_dates(name: str) -> None:
+    fusion = FUSIONS[name](6, 4)
+    before = torch.randn(2, 6, 5, 7, requires_grad=True)
+    after = torch.randn(2, 6, 5, 7, requires_grad=True)
+    fused = fusion(before, after)
+    assert fused.shape == (2, 4, 5, 7)
+    fused.square().sum().backward()
+    assert before.grad is not None and before.grad.abs().sum() > 0
+    assert after.grad is not None and after.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_fusion_knows_before_from_after(name: str) -> None:
+    torch.manual_seed(0)
+    fusion = FUSIONS[name](6, 4).eval()
+    before, after = torch.randn(2, 1, 6, 5, 7)
+    swapped_is_equal = torch.allclose(fusion(before, after), fusion(after, before))
+    assert not swapped_is_equal
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 33), (64, 96), (100, 250)])
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_logits_have_the_size_of_the_image(size: tuple[int, int], num_classes: int) -> None:
+    model = build_model(backbone="resnet18", num_classes=num_classes).eval()
+    with torch.no_grad():
+        logits = model(*pair(2, 3, *size))
+    assert logits.shape == (2, num_classes, *size)
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+
+
+def test_bytes_and_floats_are_the_same_image(small: SiameseUNet) -> None:
+    before, after = pair(1, 3, 64, 64)
+    with torch.no_grad():
+        from_bytes = small(before, after)
+        from_floats = small(before.float() / 255, after.float() / 255)
+    torch.testing.assert_close(from_bytes, from_floats)
+
+
+def test_normalisation_is_that_of_torchvision(small: SiameseUNet) -> None:
+    from torchvision.transforms.v2.functional import normalize
+
+    seen: list[Tensor] = []
+    hook = small.encoder.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    before, after = pair(1, 3, 32, 32)
+    with torch.no_grad():
+        small(before, after)
+    hook.remove()
+    both = torch.cat([before, after]).float() / 255
+    expected = normalize(both, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_both_dates_share_the_encoder_and_one_pass_is_two(small: SiameseUNet) -> None:
+    before, after = (x.float() / 255 for x in pair(2, 3, 64, 64))
+    with torch.no_grad():
+        at_once = small(before, after)
+        features = [small.encoder(before), small.encoder(after)]
+        fused = [f(a, b) for f, a, b in zip(small.fusions, *features, strict=True)]
+        x = fused.pop()
+        for block in small.decoder:
+            x = block(x, fused.pop())
+        apart = nn.functional.pixel_shuffle(small.head(x), 2)
+    torch.testing.assert_close(at_once, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_is_predicted_the_same_alone_and_in_a_batch(small: SiameseUNet) -> None:
+    before, after = pair(3, 3, 64, 64)
+    with torch.no_grad():
+        together = small(before, after)
+        alone = torch.cat([small(before[i : i + 1], after[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_lean_widths_hold_the_size_down() -> None:
+    model = build_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert 23_508_032 + trained == total  # torchvision's ResNet50 without its classifier
+    assert trained < 5e6
+    assert list(WIDTHS) == list(model.encoder.strides)
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "resnet51"}, {"fusion": "sum"}])
+def test_unknown_name_lists_the_known(wrong: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="choose one of (resnet18|concat)"):
+        build_model(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import save_checkpoint
+from errors import UserError
+from run_folder import find_checkpoint, new_run_folder, write_json
+
+
+def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> None:
+    state = {"model": {"w": torch.full((9,), value)}, "model_kwargs": {}, "config": {}, "data": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, {**state, "optimizer": {}} if resumable else state)
+    os.utime(path, (1_000_000 - age, 1_000_000 - age))
+
+
+def test_r9_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    made = [new_run_folder(tmp_path / "runs", "a").name for _ in range(3)]
+    assert made == ["a", "a-2", "a-3"]
+
+
+@pytest.mark.parametrize("name", ["with space", "höhe-高さ"])
+def test_r14_odd_names_work(name: str, tmp_path: Path) -> None:
+    assert new_run_folder(tmp_path, name).is_dir()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "."])
+def test_a_name_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give a plain name"):
+        new_run_folder(tmp_path / "runs", name)
+    assert not (tmp_path / "x").exists()
+
+
+def test_r12_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="runs"):
+        new_run_folder(tmp_path / "runs", "a")
+
+
+def test_auto_takes_the_newest_run_or_the_named(tmp_path: Path) -> None:
+    save(tmp_path / "old" / "last.pt", 1, age=100)
+    save(tmp_path / "new" / "last.pt", 2)
+    (tmp_path / "empty").mkdir()
+    path, state = find_checkpoint("auto", tmp_path, None)
+    assert path == tmp_path / "new" / "last.pt"
+    assert state["model"]["w"][0] == 2
+    assert find_checkpoint("auto", tmp_path, "old")[1]["model"]["w"][0] == 1
+    assert find_checkpoint(str(tmp_path / "old"), tmp_path, None)[1]["model"]["w"][0] == 1
+
+
+def test_c1_auto_passes_over_a_damaged_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "a"
+    save(run / "last.previous.pt", 1)
+    (run / "last.pt").write_bytes(b"half")
+    path, state = find_checkpoint("auto", tmp_path, None)
+    assert path.name == "last.previous.pt"
+    assert state["model"]["w"][0] == 1
+    assert "last.pt: not a readable checkpoint" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not a readable"):  # named by hand, it is an error
+        find_checkpoint(str(run / "last.pt"), tmp_path, None)
+
+
+def test_r17_all_damaged_names_them_all(tmp_path: Path) -> None:
+    for name in ("last.pt", "last.previous.pt"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"half")
+    with pytest.raises(UserError, match=r"last\.pt.*last\.previous\.pt"):
+        find_checkpoint("auto", tmp_path, None)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint under"):
+        find_checkpoint("auto", tmp_path / "runs", None)
+    with pytest.raises(UserError, match=r"no last\.pt"):
+        find_checkpoint(str(tmp_path), tmp_path, None)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        find_checkpoint(str(tmp_path / "x.pt"), tmp_path, None)
+
+
+def test_best_is_not_for_resuming(tmp_path: Path) -> None:
+    save(tmp_path / "best.pt", 1, resumable=False)
+    with pytest.raises(UserError, match="weights only"):
+        find_checkpoint(str(tmp_path / "best.pt"), tmp_path, None)
+
+
+def test_json_is_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "c.json", {"name": "ö", "values": [1, 2]})
+    assert json.loads((tmp_path / "c.json").read_text("utf-8")) == {"name": "ö", "values": [1, 2]}
+    assert os.listdir(tmp_path) == ["c.json"]

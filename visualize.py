@@ -1,0 +1,207 @@
+"""Pictures of predictions: before, after, truth, prediction, and where they differ.
+
+    hit white, false alarm red, miss blue, agreement on no change black; told apart by every kind
+    of colour vision, and named in the legend.
+
+Figures are built without pyplot, so nothing here needs a display or leaves global state behind.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dataset import ChangeDataset
+from image_io import IGNORE
+from metrics import Confusion, predict_classes
+
+log = logging.getLogger("visualize")
+
+# no change, change (binary) or the classes of a multi-class run; Okabe and Ito's colours
+PALETTE = np.array(
+    [[0, 0, 0], [255, 255, 255], [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
+     [213, 94, 0], [204, 121, 167], [0, 114, 178]], dtype=np.uint8
+)  # fmt: skip
+IGNORED = np.array([96, 96, 96], dtype=np.uint8)
+HIT, FALSE_ALARM, MISS = (255, 255, 255), (230, 40, 40), (60, 130, 255)
+LEGEND = {"hit": HIT, "false alarm": FALSE_ALARM, "miss": MISS, "no change, rightly": (0, 0, 0)}
+
+
+def plot_predictions(
+    model: nn.Module,
+    val_dataset: ChangeDataset,
+    device: str | torch.device = "cuda",
+    num_samples: int = 10,
+    *,
+    path: str | Path | None = "results.png",
+    title: str | None = None,
+) -> Figure:
+    """Draw the model's predictions on patches of a split, and save them.
+
+    Four in five patches show change, as far as the split has them, spread evenly over it; the
+    rest have none, where false alarms show.
+
+    Args:
+        model: `(before, after) -> logits`; its mode and device are as before afterwards.
+        val_dataset: yields (before, after, mask), uint8.
+        device: where to predict; the CPU, with a word, where there is no CUDA.
+        num_samples: rows of the picture; fewer if the split is smaller.
+        path: where to save; None saves nothing.
+        title: over the picture.
+
+    Returns:
+        The figure, which a notebook shows by itself.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; give at least 1")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        log.warning("no CUDA here: predicting on the CPU")
+        device = torch.device("cpu")
+    samples = [val_dataset[i] for i in pick_samples(val_dataset, num_samples)]
+    figure = prediction_grid(samples, _predict(model, samples, device), title=title)
+    if path is not None:
+        save_figure(figure, Path(path))
+    return figure
+
+
+def pick_samples(dataset: ChangeDataset, num_samples: int) -> list[int]:
+    """Choose patches to show: four in five with change, spread evenly, in the split's order."""
+    candidates = np.random.default_rng(0).permutation(len(dataset))
+    num_changed = -(-num_samples * 4 // 5)
+    changed: list[int] = []
+    unchanged: list[int] = []
+    for index in candidates[: 20 * num_samples]:  # a split without change must not be read whole
+        mask = dataset[int(index)][2]
+        has_change = bool(((mask > 0) & (mask != IGNORE)).any())
+        (changed if has_change else unchanged).append(int(index))
+        if len(changed) >= num_changed and len(changed) + len(unchanged) >= num_samples:
+            break
+    chosen = changed[: max(num_changed, num_samples - len(unchanged))]
+    return sorted(chosen + unchanged[: num_samples - len(chosen)])
+
+
+def prediction_grid(
+    samples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    predictions: Sequence[Tensor],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw one row per sample.
+
+    Args:
+        samples: (before, after, mask): uint8 (3, H, W), (3, H, W), (H, W) with 255 = ignore.
+        predictions: class indices (H, W), one per sample.
+        title: over the picture.
+    """
+    columns = ("before", "after", "truth", "prediction", "errors")
+    rows, side = len(samples), 2.1
+    height = rows * (side + 0.18) + 1.0
+    figure = Figure(figsize=(len(columns) * side + 0.4, height), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
+        before, after, mask = sample
+        truth = mask.cpu().numpy()
+        predicted = prediction.cpu().numpy()
+        pictures = (
+            before.cpu().numpy().transpose(1, 2, 0),
+            after.cpu().numpy().transpose(1, 2, 0),
+            color_classes(truth),
+            color_classes(predicted),
+            color_errors(truth, predicted),
+        )
+        for axis, picture in zip(axes[row], pictures, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[row, -1].set_title(_row_score(truth, predicted), fontsize=9, pad=3)
+    for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
+        axis.set_title(name, fontsize=10, pad=3)
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
+        for name, (r, g, b) in LEGEND.items()
+    ]
+    bottom = 0.45 / height
+    figure.legend(
+        handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False
+    )
+    if title:
+        figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.55 / height, bottom=bottom, wspace=0.03, hspace=0.12
+    )
+    return figure
+
+
+def color_classes(mask: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Paint class indices (H, W) as (H, W, 3); ignored pixels are grey."""
+    painted = PALETTE[np.minimum(mask, len(PALETTE) - 1)]
+    painted[mask == IGNORE] = IGNORED
+    return painted
+
+
+def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Paint hits, false alarms and misses as (H, W, 3); a wrong class is a miss."""
+    painted = np.zeros((*truth.shape, 3), dtype=np.uint8)
+    painted[(truth > 0) & (predicted == truth)] = HIT
+    painted[(truth == 0) & (predicted > 0)] = FALSE_ALARM
+    painted[(truth > 0) & (predicted != truth)] = MISS
+    painted[truth == IGNORE] = IGNORED
+    return painted
+
+
+def pr_curve_figure(precision: Tensor, recall: Tensor, *, title: str) -> Figure:
+    """Draw precision over recall, each (num_thresholds,), with the point of threshold 0.5."""
+    figure = Figure(figsize=(4.5, 4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.plot(recall, precision, color="#0072B2")
+    middle = len(precision) // 2
+    axis.plot(recall[middle], precision[middle], "o", color="#D55E00", label="threshold 0.5")
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save as PNG so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module, samples: Sequence[tuple[Tensor, Tensor, Tensor]], device: torch.device
+) -> list[Tensor]:
+    """Predict one sample at a time: they may differ in size, and few are drawn."""
+    was_training, home = model.training, next(model.parameters()).device
+    model.to(device).eval()
+    try:
+        logits = [model(b.to(device)[None], a.to(device)[None]) for b, a, _ in samples]
+        return [predict_classes(x)[0].cpu() for x in logits]
+    finally:
+        model.to(home).train(was_training)
+
+
+def _row_score(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> str:
+    """Say how good one patch is: its change IoU, or the false alarms where nothing changed."""
+    confusion = Confusion(int(max(predicted.max(), np.where(truth == IGNORE, 0, truth).max())) + 1)
+    confusion.add(torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None])
+    if not ((truth > 0) & (truth != IGNORE)).any():
+        return f"errors: no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
+    return f"errors: IoU {confusion.scores()['change_iou']:.2f}"

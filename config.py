@@ -3,8 +3,8 @@
     epochs: int = option(30, "passes over the training split", above=0)
     ->  --epochs N      passes over the training split (default: 30)
 
-A `bool` becomes --flag/--no-flag, `str | None` is optional, a tuple is comma-separated, `--batch_size`
-is `--batch-size`. Nothing here imports torch, so that `--help` answers at once.
+A `bool` becomes --flag/--no-flag, `str | None` is optional, a tuple is comma-separated, and
+`--batch_size` is `--batch-size`. Nothing here imports torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -131,11 +131,10 @@ def from_dict(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         if name not in kinds:
             raise UserError(f"config: {name} is unknown to this version")
         kind = typing.get_origin(kinds[name]) or kinds[name]
-        if kind is tuple and isinstance(value, list):
-            value = tuple(value)
-        if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
+        read[name] = tuple(value) if kind is tuple and isinstance(value, list) else value
+        allowed = (float, int) if kind is float else kind
+        if value is not None and not isinstance(read[name], allowed):
             raise UserError(f"config: {name} is {value!r}, expected {kind.__name__}")
-        read[name] = value
     config = config_class(**read)
     validate(config)
     return config

@@ -123,9 +123,9 @@ class ChangeDataset(Dataset[Sample]):
         before, after, mask = self.source.read(number, top, left, self.crop_size)
         bottom, right = (self.crop_size - n for n in mask.shape)
         images = [
-            torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in (before, after)
+            torch.from_numpy(x.transpose(2, 0, 1).copy()) for x in (before, after)
         ]
-        classes = torch.from_numpy(np.ascontiguousarray(mask))
+        classes = torch.from_numpy(mask.copy())
         if bottom or right:
             images = [F.pad(x, (0, right, 0, bottom)) for x in images]
             classes = F.pad(classes, (0, right, 0, bottom), value=IGNORE)
@@ -180,7 +180,7 @@ def make_loader(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> DataLoader[Sample]:
-    """Return a loader whose `batch_sampler` is an `EpochSampler`; workers live on between epochs."""
+    """Return a loader whose `batch_sampler` is an `EpochSampler`; its workers outlive epochs."""
     sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,

@@ -1,7 +1,7 @@
 """One epoch of training, one pass of evaluation: move, forward, backward, maybe update, remember.
 
-One path for float32, bfloat16 and float16. On a GPU no step waits for the device: whether a step was
-finite is decided there, where a bad one is skipped, and looked at every `CHECK_EVERY` updates.
+One path for float32, bfloat16 and float16. On a GPU no step waits for the device: there a step that
+is not finite is skipped, and only every `CHECK_EVERY` updates somebody looks whether one was.
 """
 
 from collections.abc import Callable, Iterable
@@ -109,7 +109,7 @@ def train_one_epoch(
         model: `(before, after) -> logits`.
         criterion: `(logits, target) -> scalar`.
         loader: the batches from `progress.batch` on.
-        optimizer: fused; steps once per `accumulate` batches, the epoch's last group may be shorter.
+        optimizer: fused; steps once per `accumulate` batches, or fewer at the epoch's end.
         scheduler: steps with the optimizer, and not when float16's scaler skipped a step.
         progress: updated in place.
         precision: of the forward pass.

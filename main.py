@@ -373,7 +373,7 @@ def summary(best: dict[str, float], weights: str, is_sample: bool, run_dir: Path
         f"picture     {PICTURE}",
         f"curves      tensorboard --logdir {run_dir.parent}",
         f"MLflow      mlflow ui --workers 1 --backend-store-uri sqlite:///{ROOT / 'mlflow.db'}",
-        f"            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
+        "            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
     ]
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ from PIL import Image
 from errors import UserError
 
 SPLITS = {"train": 64, "val": 16, "test": 16}
-VERSION = 1  # of the drawing: raise it when the same seed gives other pixels
+VERSION = 2  # of the drawing: raise it when the same seed gives other pixels
 MARKER = "sample.json"
 NOTE = "Synthetic pictures drawn by sample_data.py; nothing here is a photograph of a real place."
 PAD = 12  # pixels around the picture, from which shadows and registration errors come in
@@ -300,11 +300,11 @@ def plan(draw: Draw, n: int) -> Scene:
     detail *= draw.uniform(0.45, 1.1)
     wobble = draw.noise(n, 23) + draw.noise(n, 9) + 0.5 * draw.noise(n, 4)
     dates = plan_date(draw, 0.0), plan_date(draw, 1.2)
-    changed, taken = draw.chance(0.66), np.zeros((n, n), bool)
+    changed, taken = draw.chance(0.76), np.zeros((n, n), bool)
     greys = SOIL, FENCE, TWIG, CONCRETE, SAND  # no two regions have the same soil
     dry, green, soil = (mix(c, draw.pick(greys), draw.uniform(0, 0.5)) for c in (DRY, GREEN, SOIL))
     scene = Scene(n, draw, changed, dates, (dry, green, soil), cover, detail, wobble, taken)
-    kind = draw.pick(("suburb", "suburb", "suburb", "farms", "farms", "halls"))
+    kind = draw.pick(("suburb", "suburb", "suburb", "suburb", "farms", "farms", "halls"))
     plan_extras(scene)
     if kind == "suburb":
         plan_suburb(scene)
@@ -923,23 +923,25 @@ def is_complete(root: Path, parameters: Mapping[str, object]) -> bool:
 
 
 def check_is_ours(root: Path, parameters: Mapping[str, object]) -> None:
-    """Refuse a folder with other contents than an unfinished set of ours."""
+    """Refuse a folder that holds more than our pictures: unfinished, or of an older VERSION."""
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; the sample set needs a folder of its own there")
     marker = read_marker(root)
     for name, value in parameters.items():
-        if marker and marker.get(name) != value:
+        if marker and name != "version" and marker.get(name) != value:
             raise UserError(
                 f"{root} holds a sample set with {name} = {marker.get(name)}, not {value}; "
                 "delete that folder, or choose another one"
             )
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if not OURS.fullmatch(name) or path.is_symlink():
-            raise UserError(
-                f"{root} is not empty ({name} is no part of the sample set), so nothing was "
-                "written there; choose an empty or a new folder"
-            )
+    for folder, folders, files in os.walk(root):  # unlike rglob, calm when another process moves it
+        for path in (Path(folder, name) for name in sorted(folders + files)):
+            name = path.relative_to(root).as_posix()
+            is_ours = OURS.fullmatch(name) and not path.is_symlink()
+            if not is_ours or (name == MARKER and not marker and path.exists()):
+                raise UserError(
+                    f"{root} is not empty ({name} is no part of the sample set), so nothing was "
+                    "written there; choose an empty or a new folder"
+                )
 
 
 def unfinished_prefix(root: Path) -> str:
@@ -984,8 +986,9 @@ def make_sample_set(
 ) -> Path:
     """Write {train,val,test}/{A,B,label}/NAME.png under root, once, and return root.
 
-    A complete set of the same parameters is left as it is. The set is drawn beside root and renamed
-    into place, so root is whole or absent, also when two processes start at once.
+    A complete set of the same parameters is left as it is; one of an older VERSION, or with files
+    missing, is drawn again. This happens beside root, which is then renamed into place, so root is
+    whole or absent, also when two processes start at once.
 
     Args:
         root: the folder to make; its parents are made too.
@@ -996,7 +999,7 @@ def make_sample_set(
         progress: called with (pairs done, pairs in all) after each pair.
 
     Raises:
-        UserError: root holds anything that this function did not write with these parameters.
+        UserError: root holds anything else than such pictures, or a set of other parameters.
     """
     if unknown := set(num_pairs) - set(SPLITS):
         raise ValueError(f"num_pairs names {unknown}, has to be of {', '.join(SPLITS)}")

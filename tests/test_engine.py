@@ -203,9 +203,7 @@ def test_clipping_bounds_the_step() -> None:
 
 def test_evaluation_does_not_depend_on_the_batch_size_and_learns_nothing() -> None:
     run, loader = Run(), batches(3, size=4)
-    singles = [
-        tuple(t[i : i + 1] for t in batch) for batch in loader for i in range(len(batch[0]))
-    ]
+    singles = [tuple(t[i : i + 1] for t in batch) for batch in loader for i in range(len(batch[0]))]
     kept = run.weights()
     options = {"num_classes": 1, "device": CPU, "precision": run.precision}
     at_once, _ = evaluate(run.model, CombinedIoULoss(), loader, **options)

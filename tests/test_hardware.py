@@ -35,7 +35,9 @@ def test_precision_is_bf16_where_it_pays_and_never_fp16_by_itself(
 ) -> None:
     for supported, expected in ((True, "bf16"), (False, "off")):
         monkeypatch.setattr("hardware._cpu_multiplies_bf16", lambda s=supported: s)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
         assert pick_precision("auto", CPU) == expected
         assert pick_precision("auto", torch.device("cuda")) == expected
     assert pick_precision("auto", torch.device("mps")) == "off"

@@ -27,9 +27,7 @@ def test_encoder_keeps_its_word_on_channels_and_strides(name: str, size: tuple[i
     encoder = ENCODERS[name](name).eval()
     with torch.no_grad():
         features = encoder(torch.rand(2, 3, *size))
-    for feature, channels, stride in zip(
-        features, encoder.channels, encoder.strides, strict=True
-    ):
+    for feature, channels, stride in zip(features, encoder.channels, encoder.strides, strict=True):
         assert feature.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
 
 

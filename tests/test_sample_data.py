@@ -17,7 +17,7 @@ from errors import UserError
 from sample_data import MARKER, SPLITS, make_pair, make_sample_set
 
 FEW = {"train": 2, "val": 1, "test": 1}
-PINNED = "?"
+PINNED = "3c8045863fe229fc1ae16b33230dcad5a0ec484c251088814195858f602eb1e8"
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, foreign: str) -> None:
     root = tmp_path / "set"
     (root / foreign).parent.mkdir(parents=True)
-    (root / foreign).write_bytes(b"mine")
-    (root / MARKER).write_text("{}", encoding="utf-8")  # another program's
+    (root / foreign).write_bytes(b"{}")  # also another program's file of our marker's name
     before = files_of(root)
     with pytest.raises(UserError, match=r"set is not empty .*choose"):
         make_sample_set(root, num_pairs=FEW, size=16)
@@ -200,6 +199,15 @@ def test_a_set_of_other_parameters_is_refused_and_untouched(tmp_path: Path) -> N
         make_sample_set(tmp_path / "other", num_pairs={"valid": 1})
 
 
+def test_a_set_of_an_older_drawing_is_drawn_again(tmp_path: Path) -> None:
+    root = make_sample_set(tmp_path / "set", num_pairs=FEW, size=16)
+    whole = files_of(root)
+    marker = json.loads(whole[MARKER])
+    (root / MARKER).write_text(json.dumps(marker | {"version": 0}), encoding="utf-8")
+    make_sample_set(root, num_pairs=FEW, size=16)
+    assert files_of(root) == whole
+
+
 def test_what_a_killed_process_left_goes_and_a_living_one_stays(tmp_path: Path) -> None:
     prefix = sample_data.unfinished_prefix(tmp_path / "set")
     dead, alive = tmp_path / f"{prefix}1", tmp_path / f"{prefix}2"
@@ -220,11 +228,15 @@ def test_an_interrupted_set_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_at_once_make_one_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half_made", [False, True])
+def test_two_processes_at_once_make_one_set(tmp_path: Path, half_made: bool) -> None:
     script = (
         "import sys; from pathlib import Path; from sample_data import make_sample_set; "
         f"make_sample_set(Path(sys.argv[1]), num_pairs={FEW}, size=32)"
     )
+    if half_made:
+        (tmp_path / "set" / "train" / "A").mkdir(parents=True)
+        (tmp_path / "set" / "train" / "A" / "synthetic_00000.png").write_bytes(b"half")
     command = [sys.executable, "-c", script, str(tmp_path / "set")]
     here = Path(sample_data.__file__).parent
     runs = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE) for _ in range(2)]

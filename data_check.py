@@ -204,13 +204,16 @@ class _Memo:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             looked = pool.map(lambda path: _try(look, path), new)
             name = f"checking {kind.split(maxsplit=1)[0]}s"
-            for path, record in zip(
-                new, tqdm(looked, name, len(new), disable=None, leave=False, delay=1), strict=True
-            ):
-                records[path] = record
-                if not record.fault:
-                    self.known[keys[path]] = asdict(record)
-                    self.is_new = True
+            bar = tqdm(looked, name, len(new), disable=None, leave=False, delay=1)
+            try:
+                for path, record in zip(new, bar, strict=True):
+                    records[path] = record
+                    if not record.fault:
+                        self.known[keys[path]] = asdict(record)
+                        self.is_new = True
+            except BaseException:  # Ctrl-C: leave now, not after the files that are queued
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return records
 
     def _key(self, path: Path, kind: str) -> str:

@@ -35,6 +35,7 @@ from transforms import Augment
 
 Sample = tuple[Tensor, Tensor, Tensor]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+Stamp = tuple[tuple[int, int], ...]
 
 
 class FileSource:
@@ -46,6 +47,7 @@ class FileSource:
     def __init__(self, pairs: Sequence[Pair], coding: MaskCoding) -> None:
         self.pairs = tuple(pairs)
         self.coding = coding
+        self.stamps = [_stamp(pair) for pair in pairs]
         self.sizes = [read_size(pair.label) for pair in pairs]
 
     def __len__(self) -> int:
@@ -57,14 +59,29 @@ class FileSource:
         The window is cut where the image ends, so h and w may be less than `side`.
         """
         window = np.s_[top : top + side, left : left + side]
-        before, after, mask = _decode(self.pairs[number], self.coding)
+        pair = self.pairs[number]
+        if _stamp(pair) != self.stamps[number]:
+            raise UserError(
+                f"{pair.name}: a file of this pair ({pair.label}) changed during the run"
+            )
+        before, after, mask = _decode(pair, self.coding, self.stamps[number])
         if mask.shape != self.sizes[number]:
-            raise UserError(f"{self.pairs[number].label}: changed its size during the run")
+            raise UserError(f"{pair.label}: its pixels and its header disagree on its size")
         return before[window], after[window], mask[window]
 
 
+def _stamp(pair: Pair) -> Stamp:
+    """Tell whether the files of a pair are still the same: (bytes, time of change) of each."""
+    try:
+        stats = [path.stat() for path in (pair.before, pair.after, pair.label)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: is gone ({error.strerror})") from None
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
 @lru_cache(maxsize=2)
-def _decode(pair: Pair, coding: MaskCoding) -> Arrays:
+def _decode(pair: Pair, coding: MaskCoding, stamp: Stamp) -> Arrays:  # noqa: ARG001
+    """Decode a pair; `stamp` is a part of the cache's key, so that no older pixels are returned."""
     mask = coding.decode(read_label(pair.label), pair.label)
     before, after = read_image(pair.before), read_image(pair.after)
     for path, image in ((pair.before, before), (pair.after, after)):
@@ -122,9 +139,7 @@ class ChangeDataset(Dataset[Sample]):
     def _window(self, number: int, top: int, left: int) -> Sample:
         before, after, mask = self.source.read(number, top, left, self.crop_size)
         bottom, right = (self.crop_size - n for n in mask.shape)
-        images = [
-            torch.from_numpy(x.transpose(2, 0, 1).copy()) for x in (before, after)
-        ]
+        images = [torch.from_numpy(x.transpose(2, 0, 1).copy()) for x in (before, after)]
         classes = torch.from_numpy(mask.copy())
         if bottom or right:
             images = [F.pad(x, (0, right, 0, bottom)) for x in images]
@@ -171,6 +186,18 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in part]
 
 
+class PairLoader(DataLoader[Sample]):
+    """A `DataLoader` whose workers' `UserError`s arrive as they were raised."""
+
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # torch raises the worker's traceback as the message; its end is the original one
+            message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+            raise UserError(message.rstrip()) from None
+
+
 def make_loader(
     dataset: ChangeDataset,
     batch_size: int,
@@ -179,10 +206,10 @@ def make_loader(
     seed: int = 0,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
-) -> DataLoader[Sample]:
+) -> PairLoader:
     """Return a loader whose `batch_sampler` is an `EpochSampler`; its workers outlive epochs."""
     sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
-    return DataLoader(
+    return PairLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,

@@ -20,20 +20,33 @@ from PIL import Image, ImageOps
 from errors import UserError
 
 IGNORE = 255  # the class index of pixels that do not count
-MAX_PIXELS = (
-    2**27
-)  # refused from the header, before a byte is decoded: 134 million, 11,585 x 11,585
+# refused from the header, before a byte is decoded: 134 million, 11,585 x 11,585
+MAX_PIXELS = 2**27
+MAX_JPEG_DOUBT = 0.01  # share of a label's pixels that may lie between two classes
 _UNKNOWN = 254  # in a lookup table: a value that is no class
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 Bytes = NDArray[np.uint8]
+
+# Set once for the process: `catch_warnings` around each file is not safe in threads, where it can
+# leave the filters changed for good.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd files; what matters raises
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """Return (height, width) from the header alone."""
     with _open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+        try:
+            # Pillow turns a TIFF's size itself, and decodes a whole PNG in search of EXIF behind
+            # its pixels: 3 ms at 1024 x 1024
+            is_plain = image.format == "TIFF" or (
+                image.format == "PNG" and "exif" not in image.info
+            )
+            turned = not is_plain and image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+        except Exception as error:
+            raise _unreadable(path, error) from None
     return (width, height) if turned else (height, width)
 
 
@@ -74,7 +87,7 @@ def read_label(path: Path) -> Bytes:
                 "save it with one channel of class values"
             )
         values = np.asarray(decoded)
-        if values.dtype.kind in "iu" and values.min() >= 0:
+        if values.dtype.kind in "iu" and values.ndim == 2 and values.min() >= 0:
             if values.max() <= 255:
                 return values.astype(np.uint8)
             if set(np.unique(values).tolist()) <= {0, 65535}:
@@ -104,7 +117,7 @@ class MaskCoding:
             UserError: a value that is no class.
         """
         if is_jpeg(path):
-            raw = self._snapped(raw)
+            raw = self._snapped(raw, path)
         table = np.full(256, _UNKNOWN, dtype=np.uint8)
         table[IGNORE] = IGNORE
         table[list(self.values)] = np.arange(len(self.values), dtype=np.uint8)
@@ -117,10 +130,17 @@ class MaskCoding:
             )
         return classes
 
-    def _snapped(self, raw: Bytes) -> Bytes:
+    def _snapped(self, raw: Bytes, path: Path) -> Bytes:
+        """Snap each pixel to the nearest value; noise is small but for a few pixels at edges."""
         values = np.array(self.values, dtype=np.int16)
-        nearest = np.abs(np.arange(256, dtype=np.int16)[:, None] - values).argmin(1)
-        return values[nearest].astype(np.uint8)[raw]
+        distance = np.abs(np.arange(256, dtype=np.int16)[:, None] - values)
+        is_far = distance.min(1) > np.diff(np.sort(values)).min() / 4
+        if is_far[raw].mean() > MAX_JPEG_DOUBT:
+            raise UserError(
+                f"{path}: a JPEG label whose values do not gather around "
+                f"{', '.join(map(str, self.values))} (--mask-values); save labels as PNG"
+            )
+        return values[distance.argmin(1)].astype(np.uint8)[raw]
 
 
 def choose_mask_coding(
@@ -149,14 +169,16 @@ def choose_mask_coding(
                 f"from 0 to 255, class 0 first, for --num-classes {num_classes}"
             )
         known = [tuple(asked)]
-    elif num_classes == 1:
+    elif classes == 2:
         known = [(0, 255), (0, 1)]
     else:
         known = [(0, 128, 255)] if classes == 3 else []
         known += [tuple(range(classes))]
     for coding in known:
         may_ignore = {IGNORE} if asked is not None or num_classes > 1 else set()
-        if found <= {*coding, *may_ignore}:
+        # 0 and 255 alone are rather two classes than one class and pixels to ignore
+        is_ignored_whole = bool(found - set(coding)) and not found & set(coding[1:])
+        if found <= {*coding, *may_ignore} and not is_ignored_whole:
             return MaskCoding(coding)
     strange = min((sorted(found - set(coding)) for coding in known), key=len)
     files = ", ".join(str(examples[v]) for v in strange[:3]) if examples else ""
@@ -193,9 +215,7 @@ def label_values(raw: Bytes, path: Path) -> set[int]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have our own limit
-            image = Image.open(path)
+        image = Image.open(path)
     except FileNotFoundError:
         raise UserError(f"{path}: is gone") from None
     except Exception as error:
@@ -209,10 +229,9 @@ def _open(path: Path) -> Image.Image:
 
 def _decoded(image: Image.Image, path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters raises
-            image.load()
-            return ImageOps.exif_transpose(image)
+        image.load()
+        image.info.pop("transparency", None)  # a palette's, which `convert` would warn of
+        return ImageOps.exif_transpose(image)
     except Exception as error:
         # Pillow raises SyntaxError, OSError, ValueError, struct.error, zlib.error, EOFError, ...
         raise _unreadable(path, error) from None
@@ -225,9 +244,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 def _palette(image: Image.Image) -> Bytes:
     indices = np.asarray(image)
-    palette = np.array(image.convert("RGB").getcolors(maxcolors=257) or [], dtype=object)
-    colors = [color for _, color in palette]
-    if all(len(set(color)) == 1 for color in colors):
+    colors = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    used = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))[np.unique(indices)]
+    if (used == used[:, :1]).all():
         return np.asarray(image.convert("L"))
     return indices
 

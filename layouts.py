@@ -11,6 +11,7 @@ and the files of a pair are matched by stem: A/x.png goes with B/x.tif.
 
 import hashlib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,13 +60,20 @@ def find_pairs(root: str | Path) -> Layout:
         UserError: no known layout, an empty split, or files without partners (all are listed).
     """
     root = Path(root)
+    try:
+        return _find_pairs(root)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from None
+
+
+def _find_pairs(root: Path) -> Layout:
     if not root.exists():
         raise UserError(f"{root}: no such folder; {EXPECTED}")
     if not root.is_dir():
         raise UserError(f"{root}: is a file, not a folder; {EXPECTED}")
     home = _descend(root)
     splits = {name: folder for name in SPLITS if (folder := _child(home, SPLITS[name]))}
-    if "train" in splits or "val" in splits:
+    if splits:
         pairs = {name: _pairs_in(folder) for name, folder in splits.items()}
         description = "split folders"
     else:
@@ -89,17 +97,29 @@ def find_pairs(root: str | Path) -> Layout:
 
 
 def _descend(root: Path) -> Path:
-    """Go into a lone folder, as archives often unpack into LEVIR-CD/LEVIR-CD or Real/subset."""
-    home = root
+    """Go down to the dataset, as archives often unpack into LEVIR-CD/LEVIR-CD or Real/subset.
+
+    Other folders beside it (a cache, __MACOSX) do no harm; two datasets do.
+    """
+    known = {name for names in (*SPLITS.values(), *DATES.values()) for name in names}
+    level = [root]
     for _ in range(3):
-        known = [_child(home, names) for names in (*SPLITS.values(), *DATES.values())]
-        if any(known):
-            return home
-        folders = [p for p in home.iterdir() if p.is_dir() and not p.name.startswith(".")]
-        if len(folders) != 1:
+        homes = [f for f in level if any(p.name.lower() in known for p in f.iterdir())]
+        # generated sample sets (sample_data.MARKER) give way to the user's own data
+        homes = [f for f in homes if not (f / "sample.json").is_file()] or homes
+        if len(homes) > 1:
+            names = ", ".join(str(f) for f in homes[:5])
+            raise UserError(f"{root}: holds several datasets, {names}; name one of them")
+        if homes:
+            return homes[0]
+        level = [p for f in level for p in sorted(f.iterdir()) if _is_visible_folder(p)]
+        if len(level) > MAX_LISTED:
             break
-        home = folders[0]
     raise UserError(f"{root}: no dataset is recognised here; {EXPECTED}")
+
+
+def _is_visible_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith((".", "__"))
 
 
 def _child(folder: Path, names: Iterable[str]) -> Path | None:
@@ -131,12 +151,18 @@ def _files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in ENDINGS:
             continue
-        if path.stem in files:
+        stem = _composed(path.stem)
+        if stem in files:
             raise UserError(
-                f"{folder}: {files[path.stem].name} and {path.name} have the same stem; keep one"
+                f"{folder}: {files[stem].name} and {path.name} have the same stem; keep one"
             )
-        files[path.stem] = path
+        files[stem] = path
     return files
+
+
+def _composed(name: str) -> str:
+    """Write accents in one way: macOS takes letters apart, lists and other systems do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _match(dates: dict[str, Path], stems: Iterable[str] | None = None) -> tuple[Pair, ...]:
@@ -170,7 +196,7 @@ def _read_list(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file in UTF-8") from None
-    for line in lines:
+    for line in map(_composed, lines):
         if not line.strip():
             continue
         # names may hold spaces; a second column starts after a known ending
@@ -198,8 +224,20 @@ def _by_prefix(pairs: tuple[Pair, ...]) -> dict[str, tuple[Pair, ...]]:
 
 
 def scene_of(name: str) -> str:
-    """Return the scene a crop was cut from: `a_12_0256_0512`, `a_12_256_512` -> `a_12`."""
-    return re.sub(r"(?:[_-]\d{2,5}){2}$", "", name)
+    """Return the scene that a crop was cut from, by the numbers at the end of its name.
+
+    a_12_0256_0512 -> a_12    three numbers: scene, row, column
+    a_0256_0512    -> a       two of three digits or more: row, column
+    a_12_7         -> a_12    two: scene, crop
+    a_12           -> a_12    one: the scene itself
+    """
+    numbers = re.search(r"(?:[_-]\d+)*$", name)
+    parts = re.findall(r"[_-]\d+", numbers[0]) if numbers else []
+    if len(parts) < 2:
+        return name
+    is_row_column = len(parts) > 2 or all(len(part) > 3 for part in parts)
+    cut = parts[-2:] if is_row_column else parts[-1:]
+    return name.removesuffix("".join(cut))
 
 
 def _split_by_scene(pairs: tuple[Pair, ...]) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:

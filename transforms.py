@@ -22,7 +22,7 @@ class Augment:
         turn: by 0, 90, 180 or 270 degrees.
         swap: exchange the dates with probability 1/2; the mask stays, change has no direction.
         brightness, contrast, saturation: factors drawn from [1 - x, 1 + x].
-        hue: turned by up to this share of the circle; costs as much as all the others together.
+        hue: turned by up to this share of the circle; five times the cost of the others together.
     """
 
     flip: bool = True
@@ -48,16 +48,22 @@ class Augment:
         return self._jitter(place(before), rng), self._jitter(place(after), rng), place(mask)
 
     def _jitter(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """Change the colours of one date, in a random order as torchvision's ColorJitter does."""
+        """Change the colours of one date, in a random order as torchvision's ColorJitter does.
+
+        In float32, which is 1.6 times faster than uint8 (256 x 256, one core).
+        """
         steps = (
             (F.adjust_brightness, self.brightness, 1.0),
             (F.adjust_contrast, self.contrast, 1.0),
             (F.adjust_saturation, self.saturation, 1.0),
             (F.adjust_hue, self.hue, 0.0),
         )
+        if not any(reach for _, reach, _ in steps):
+            return image
+        image = image.float() / 255
         for number in rng.permutation(len(steps)):
             adjust, reach, neutral = steps[number]
             value = neutral + reach * (2 * rng.random() - 1)
             if reach:
                 image = adjust(image, value)
-        return image
+        return (image * 255).round_().to(torch.uint8)

@@ -1,132 +1,198 @@
+"""The check before training: every fault at once, warnings, numbers by hand, a true memo."""
+
 import json
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
 import data_check
-from data_check import check
+from data_check import DataSummary, check
 from errors import UserError
 from layouts import find_pairs
-from scenes import box_mask, write_pair, write_tree
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return write_tree(tmp_path / "set")
+def checked(root: Path, **options: object) -> DataSummary:
+    settings: dict = {"num_classes": 1, "crop_size": 16, **options}
+    return check(find_pairs(root), **settings)
 
 
-def test_the_summary_counts_by_hand(tree: Path) -> None:
-    write_pair(tree / "train", "big", size=(64, 96))
-    write_pair(tree / "train", "still", mask=np.zeros((40, 48), np.uint8))
-    data = check(find_pairs(tree), crop_size=32)
-    train = data.splits["train"]
-    assert train.pairs == 5
-    assert train.sizes == ((40, 48), (64, 96))
-    assert train.patches == 4 * 4 + 2 * 3
-    changed = 3 * 15 * 18 + 24 * 36  # box_mask's rectangles
-    assert train.class_pixels == (4 * 40 * 48 + 64 * 96 - changed, changed)
-    # a rectangle of 40 x 48 touches one 32-patch, that of 64 x 96 two; all others are empty
-    assert train.empty_patches == 22 - 3 - 2
-    assert data.coding.values == (0, 255)
-    assert data.warnings == ()
-    assert "train         5  48 x 40 ..." in data.table()
-    assert f"{train.change_share:.2%}" in data.table()
+def test_numbers_of_a_split(tmp_path: Path) -> None:
+    summary = checked(save_tree(tmp_path, train=3, val=2))
+    train = summary.splits["train"]
+    assert summary.coding.values == (0, 255)
+    assert summary.warnings == ()
+    assert (train.pairs, train.sizes, train.patches) == (3, ((32, 32),), 12)
+    assert train.class_pixels == (3 * 768, 3 * 256)
+    assert train.change_share == 0.25
+    assert train.empty_patches == 9  # three of the four 16 x 16 patches of each
+    table = summary.table().splitlines()
+    assert len(table) == 3
+    assert "32 x 32" in table[1]
+    assert "75%" in table[1]
+    assert "25.00%" in table[1]
 
 
-def test_every_fault_is_named_at_once(tree: Path) -> None:
-    (tree / "train" / "A" / "train_0.png").write_bytes(b"<html>")
-    half = tree / "val" / "B" / "val_1.png"
-    half.write_bytes(half.read_bytes()[:200])
-    Image.fromarray(np.zeros((10, 12, 3), np.uint8)).save(tree / "val" / "A" / "val_2.png")
+def test_classes_of_a_multi_class_set(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    labels = np.repeat(np.array([0, 128, 255, 0], np.uint8), 8)[:, None].repeat(32, 1)
+    save(tmp_path / "train" / "label" / "train_0.png", labels)
+    summary = checked(tmp_path, num_classes=3)
+    assert summary.splits["train"].class_pixels == (512, 256, 256)
+    assert summary.splits["val"].class_pixels == (768, 0, 256)
+
+
+def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
+    train = save_tree(tmp_path, train=4, val=1) / "train"
+    save(train / "B" / "train_0.png", picture(9, 32, 31))
+    (train / "A" / "train_1.png").write_bytes(b"")
+    data = (train / "label" / "train_2.png").read_bytes()
+    (train / "label" / "train_2.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError) as error:
-        check(find_pairs(tree))
-    lines = str(error.value).splitlines()
-    assert "3 faults in the data" in lines[0]
-    assert any("train_0.png: cannot be read" in line for line in lines)
-    assert any("val_1.png: cannot be read" in line for line in lines)
-    assert any("val_2.png: 12 x 10, but its label" in line and "48 x 40" in line for line in lines)
+        checked(tmp_path)
+    first, *rest = str(error.value).splitlines()
+    assert "3 faults" in first
+    assert len(rest) == 3
+    size = next(line for line in rest if "train_0" in line)
+    assert "31 x 32" in size
+    assert "is 32 x 32" in size
+    for name in ("A/train_1.png", "label/train_2.png"):
+        assert sum(name in line for line in rest) == 1
 
 
-def test_d6_values_of_the_whole_set_decide(tree: Path) -> None:
-    for path in (tree / "train" / "label").iterdir():
-        Image.fromarray(box_mask(value=1)).save(path)
-    with pytest.raises(UserError, match=r"values 0, 1, 255.*\.png"):
-        check(find_pairs(tree))
-    for path in (tree / "val" / "label").iterdir():
-        Image.fromarray(box_mask(value=1)).save(path)
-    assert check(find_pairs(tree)).coding.values == (0, 1)
+@pytest.mark.parametrize("value", [254, 128, 2])
+def test_d6_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
+    save_tree(tmp_path, train=2, val=2)
+    save(tmp_path / "val" / "label" / "val_1.png", mask_of(value=value))
+    with pytest.raises(UserError, match=rf"{value}.*val_1\.png"):
+        checked(tmp_path)
 
 
-def test_three_classes(tree: Path) -> None:
-    Image.fromarray(box_mask(value=128)).save(tree / "train" / "label" / "train_1.png")
-    with pytest.raises(UserError, match="--num-classes 3"):
-        check(find_pairs(tree))
-    data = check(find_pairs(tree), num_classes=3)
-    assert data.coding.values == (0, 128, 255)
-    assert data.splits["train"].class_pixels[1:] == (15 * 18, 2 * 15 * 18)
+def test_the_coding_is_told_from_all_files(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=2, val=1)
+    for path in tmp_path.glob("*/label/*.png"):
+        save(path, mask_of(value=1))
+    save(tmp_path / "train" / "label" / "train_0.png", np.zeros((32, 32), np.uint8))
+    assert checked(tmp_path).coding.values == (0, 1)
+    save(tmp_path / "train" / "label" / "train_0.png", mask_of(value=255))
+    with pytest.raises(UserError, match="0, 1, 255"):
+        checked(tmp_path)
+    assert checked(tmp_path, mask_values=(0, 1)).coding.values == (0, 1)  # 255 is ignored
 
 
-def test_d9_the_same_image_in_two_splits_is_a_warning(tree: Path) -> None:
-    shutil.copy(tree / "train" / "A" / "train_1.png", tree / "val" / "A" / "val_0.png")
-    (warning,) = check(find_pairs(tree)).warnings
-    assert "val_0.png (val) is the same image as" in warning and "train_1.png (train)" in warning
+@pytest.mark.parametrize(("value", "said"), [(0, "no change"), (255, "nothing but change")])
+def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    save(tmp_path / "val" / "label" / "val_0.png", np.full((32, 32), value, np.uint8))
+    (warning,) = checked(tmp_path).warnings
+    assert "val" in warning
+    assert said in warning
 
 
-@pytest.mark.parametrize(("value", "says"), [(0, "no change"), (255, "nothing but change")])
-def test_d14_a_split_of_one_class_is_a_warning(value: int, says: str, tree: Path) -> None:
-    for path in (tree / "val" / "label").iterdir():
-        Image.fromarray(np.full((40, 48), value, np.uint8)).save(path)
-    assert any(f"the val split holds {says}" in w for w in check(find_pairs(tree)).warnings)
+def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=2, val=1)
+    pixels = np.asarray(Image.open(tmp_path / "train" / "A" / "train_1.png"))
+    (tmp_path / "val" / "A" / "val_0.png").unlink()
+    save(tmp_path / "val" / "A" / "val_0.bmp", pixels)  # the same pixels in another file
+    (warning,) = checked(tmp_path).warnings
+    assert "val_0.bmp" in warning
+    assert "train_1.png" in warning
 
 
-def test_d5_jpeg_labels_are_said(tree: Path) -> None:
-    path = tree / "val" / "label" / "val_0.png"
-    path.unlink()
-    Image.fromarray(box_mask()).save(path.with_suffix(".jpg"), quality=70)
-    data = check(find_pairs(tree))
-    assert data.coding.values == (0, 255)
-    assert any("1 labels are JPEGs" in w for w in data.warnings)
+def test_d5_jpeg_labels_are_said_once(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=2, val=1)
+    for path in list(tmp_path.glob("*/label/*.png")):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=60)
+        path.unlink()
+    summary = checked(tmp_path)
+    (warning,) = summary.warnings
+    assert "3 labels are JPEGs" in warning
+    assert summary.splits["train"].class_pixels == (2 * 768, 2 * 256)
 
 
-def test_the_memo_spares_reading_and_notices_changes(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["nothing", "pixels", "name", "split", "touch"])
+def test_fingerprint_knows_names_and_pixels(tmp_path: Path, change: str) -> None:
+    save_tree(tmp_path, train=2, val=2)
+    before = checked(tmp_path).fingerprint
+    path = tmp_path / "train" / "A" / "train_0.png"
+    if change == "pixels":
+        pixels = np.array(Image.open(path))
+        pixels[0, 0, 0] ^= 1
+        save(path, pixels)
+    elif change == "touch":
+        os.utime(path, (1, 1))
+    elif change in ("name", "split"):
+        for folder in ("A", "B", "label"):
+            name = "other" if change == "name" else "train_0"
+            split = "train" if change == "name" else "val"
+            source = tmp_path / "train" / folder / "train_0.png"
+            source.rename(tmp_path / split / folder / f"{name}.png")
+    assert (checked(tmp_path).fingerprint == before) == (change in ("nothing", "touch"))
+
+
+def test_memo_reads_nothing_twice_and_notices_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memo = tmp_path / "cache" / "checked.json"
-    first = check(find_pairs(tree), memo=memo)
-    read: list[str] = []
+    read: list[Path] = []
+
+    def spy(original: Callable[[Path], object]) -> Callable[[Path], object]:
+        def reader(path: Path) -> object:
+            read.append(path)
+            return original(path)
+
+        return reader
+
     for name in ("read_image", "read_label"):
-        reader = getattr(data_check, name)
-        monkeypatch.setattr(
-            data_check, name, lambda path, reader=reader: (read.append(path.name), reader(path))[1]
-        )
-    assert check(find_pairs(tree), memo=memo) == first
-    assert read == []
-    Image.fromarray(box_mask()[::-1].copy()).save(tree / "val" / "label" / "val_1.png")
-    second = check(find_pairs(tree), memo=memo)
-    assert read == ["val_1.png"]
-    assert second.fingerprint != first.fingerprint
+        monkeypatch.setattr(data_check, name, spy(getattr(data_check, name)))
+    data, memo = save_tree(tmp_path / "data", train=2, val=1), tmp_path / "new" / "memo.json"
+    first = checked(data, memo=memo)
+    assert len(read) == 9
+    assert checked(data, memo=memo) == first
+    assert len(read) == 9
+    changed = save(data / "train" / "label" / "train_1.png", mask_of() * 0)
+    os.utime(changed, (1, 1))
+    again = checked(data, memo=memo)
+    assert read[9:] == [changed]
+    assert again == checked(data)
+    assert again.fingerprint != first.fingerprint
+    assert [p.name for p in memo.parent.iterdir()] == ["memo.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', "null"])
-def test_a_damaged_memo_is_no_loss(content: str, tree: Path, tmp_path: Path) -> None:
-    memo = tmp_path / "checked.json"
-    expected = check(find_pairs(tree), memo=memo)
-    damaged = {key: {"size": 3} for key in json.loads(memo.read_text())}
-    for text in (content, json.dumps(damaged)):
-        memo.write_text(text)
-        assert check(find_pairs(tree), memo=memo) == expected
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"x": 1}', "null", "\x00"])
+def test_a_corrupt_memo_is_ignored(tmp_path: Path, text: str) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    expected = checked(data)
+    memo.write_text(text)
+    assert checked(data, memo=memo) == expected
+    memo.write_text(json.dumps({key: [] for key in json.loads(memo.read_text())}))
+    assert checked(data, memo=memo) == expected
 
 
-def test_d15_a_memo_that_cannot_be_written_is_no_loss(tree: Path, tmp_path: Path) -> None:
+def test_d15_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
+    data = save_tree(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").write_text("")
-    assert (
-        check(find_pairs(tree), memo=tmp_path / "file" / "checked.json").splits["train"].pairs == 3
-    )
+    assert checked(data, memo=tmp_path / "file" / "memo.json") == checked(data)
 
 
-def test_fingerprint_follows_content_not_place(tree: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(tree, tmp_path / "moved")
-    assert check(find_pairs(tree)).fingerprint == check(find_pairs(moved)).fingerprint
+def test_faults_are_not_remembered(tmp_path: Path) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    path = data / "train" / "A" / "train_0.png"
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(UserError, match="train_0"):
+            checked(data, memo=memo)
+    path.write_bytes(good)
+    assert checked(data, memo=memo) == checked(data)
+
+
+def test_mixed_sizes(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    save_pair(tmp_path / "train", "wide", 7, (17, 33))
+    summary = checked(tmp_path)
+    assert summary.splits["train"].sizes == ((17, 33), (32, 32))
+    assert summary.splits["train"].patches == 4 + 2 * 3

@@ -1,198 +1,239 @@
+"""Patches, crops, order and loaders: two ways to the same bytes wherever there are two ways."""
+
+import hashlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from data_helpers import mask_of, picture, save, save_pair, save_tree
+from torch import Tensor
 
-from dataset import (
-    ChangeDataset,
-    EpochSampler,
-    FileSource,
-    _decode,
-    make_loader,
-    open_dataset,
-)
+from dataset import ChangeDataset, EpochSampler, FileSource, make_loader, open_dataset
 from errors import UserError
-from image_io import MaskCoding
+from image_io import IGNORE, MaskCoding
 from layouts import find_pairs
-from scenes import box_mask, write_pair, write_tree
 from transforms import Augment
 
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Tests overwrite files; the two decoded pairs that a process keeps must not outlive one."""
-    _decode.cache_clear()
-    yield
+CODING = MaskCoding((0, 255))
+SIZES = [(1, 1), (17, 33), (32, 32), (50, 20), (70, 64)]
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    tree = write_tree(tmp_path / "set", num=2, size=(70, 90))
-    write_pair(tree / "train", "small", size=(17, 33))
-    write_pair(tree / "train", "tiny", size=(1, 1))
-    return tree
+def source_of(root: Path, sizes: Iterable[tuple[int, int]] = SIZES) -> FileSource:
+    for index, size in enumerate(sizes):
+        save_pair(root / "train", f"p{index}", index, size)
+    save_pair(root / "val", "v", 99)
+    return FileSource(find_pairs(root).splits["train"], CODING)
 
 
-def training_set(root: Path, crop_size: int = 32, seed: int = 0) -> ChangeDataset:
-    source = FileSource(find_pairs(root).splits["train"], MaskCoding((0, 255)))
-    return ChangeDataset(source, crop_size=crop_size, augment=Augment(), seed=seed)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    return source_of(tmp_path_factory.mktemp("data"))
 
 
-def equal(first: object, second: object) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[call-overload]
+def digest(batches: Iterable[Iterable[Tensor]]) -> list[str]:
+    return [
+        hashlib.sha256(b"".join(t.numpy().tobytes() for t in batch)).hexdigest()
+        for batch in batches
+    ]
 
 
-def test_a_sample_is_bytes(root: Path) -> None:
-    for dataset in (training_set(root), open_dataset(root, crop_size=32)):
-        before, after, mask = dataset[0]
-        assert before.shape == after.shape == (3, 32, 32)
-        assert mask.shape == (32, 32)
-        assert before.dtype == after.dtype == mask.dtype == torch.uint8
-        assert set(mask.unique().tolist()) <= {0, 1, 255}
+@pytest.mark.parametrize("crop_size", [32, 256])
+def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
+    dataset = ChangeDataset(source, crop_size=crop_size)
+    for number, (height, width) in enumerate(SIZES):
+        side = [-(-n // crop_size) * crop_size for n in (height, width)]
+        whole = [np.zeros((*n, *side), np.uint8) for n in ((3,), (3,), ())]
+        for index, (owner, top, left) in enumerate(dataset.patches):
+            if owner != number:
+                continue
+            for canvas, patch in zip(whole, dataset[index], strict=True):
+                assert patch.dtype == torch.uint8
+                assert patch.shape[-2:] == (crop_size, crop_size)
+                canvas[..., top : top + crop_size, left : left + crop_size] = patch.numpy()
+        inside = (..., slice(height), slice(width))
+        assert np.array_equal(
+            whole[0][inside], picture(2 * number, height, width).transpose(2, 0, 1)
+        )
+        assert np.array_equal(
+            whole[1][inside], picture(2 * number + 1, height, width).transpose(2, 0, 1)
+        )
+        assert np.array_equal(whole[2][inside], mask_of(height, width) // 255)
+        assert (whole[2] == IGNORE).sum() == side[0] * side[1] - height * width
+        assert whole[0].sum() == whole[0][inside].sum()  # padding is black
 
 
-def test_patches_put_together_are_the_image(root: Path) -> None:
-    dataset = open_dataset(root, crop_size=32)
-    assert len(dataset) == 2 * 3 * 3
-    whole = torch.zeros(3 * 32, 3 * 32, dtype=torch.uint8)
-    picture = torch.zeros(3, 3 * 32, 3 * 32, dtype=torch.uint8)
-    for index in range(9):
-        _, top, left = dataset.patches[index]
-        before, _, mask = dataset[index]
-        whole[top : top + 32, left : left + 32] = mask
-        picture[:, top : top + 32, left : left + 32] = before
-    expected = np.asarray(Image.open(root / "val" / "A" / "val_0.png")).transpose(2, 0, 1)
-    assert np.array_equal(picture[:, :70, :90], expected)
-    assert np.array_equal(whole[:70, :90], box_mask(70, 90) > 0)
-    assert (whole[70:] == 255).all() and (whole[:, 90:] == 255).all()
-    assert (picture[:, 70:] == 0).all()
+def test_d10_training_crops_of_any_size(source: FileSource) -> None:
+    augment = Augment(brightness=0, contrast=0, saturation=0)
+    dataset = ChangeDataset(source, crop_size=32, augment=augment)
+    for index, (number, *_) in enumerate(dataset.patches):
+        height, width = SIZES[number]
+        for epoch in range(3):
+            before, _, mask = dataset[epoch, index]
+            assert before.shape == (3, 32, 32)
+            counted = int((mask != IGNORE).sum())
+            assert counted == min(height, 32) * min(width, 32)
 
 
-def test_d10_small_images_are_padded_not_resized(root: Path) -> None:
-    dataset = training_set(root)
-    names = [pair.name for pair in dataset.source.pairs]
-    for name, pixels in (("small", 17 * 32), ("tiny", 1)):
-        number = names.index(name)
-        index = next(i for i, patch in enumerate(dataset.patches) if patch[0] == number)
-        assert (dataset[index][2] != 255).sum() == pixels
+def test_crops_reach_every_corner_and_lie_inside(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [(40, 48)])
+    still = Augment(flip=False, turn=False, swap=False, brightness=0, contrast=0, saturation=0)
+    dataset = ChangeDataset(source, crop_size=32, augment=still)
+    image = picture(0, 40, 48).transpose(2, 0, 1)
+    windows = {
+        image[:, top : top + 32, left : left + 32].tobytes(): (top, left)
+        for top in range(9)
+        for left in range(17)
+    }
+    seen = {windows[dataset[epoch, 0][0].numpy().tobytes()] for epoch in range(1500)}
+    assert {(0, 0), (0, 16), (8, 0), (8, 16)} <= seen
 
 
-def test_an_epoch_has_as_many_crops_as_patches(root: Path) -> None:
-    assert len(training_set(root)) == 2 * 9 + 2 + 1
+def test_as_many_crops_as_patches(source: FileSource) -> None:
+    grid = ChangeDataset(source, crop_size=32)
+    assert len(grid) == len(ChangeDataset(source, crop_size=32, augment=Augment()))
+    assert len(grid) == 1 + 2 + 1 + 2 + 6
 
 
-def test_r22_a_sample_depends_on_seed_epoch_and_index_alone(root: Path) -> None:
-    first, again, other = training_set(root), training_set(root), training_set(root, seed=1)
-    for index in (0, 5, len(first) - 1):
-        assert equal(first[2, index], again[2, index])
-    assert equal(first[0], first[0, 0])
-    assert not equal(first[0, 0], first[1, 0])
-    assert not equal(first[0, 0], first[0, 1])
-    assert not equal(first[0, 0], other[0, 0])
+def test_a_sample_is_a_function_of_seed_epoch_and_index(source: FileSource) -> None:
+    def sample(seed: int, epoch: int, index: int) -> list[str]:
+        dataset = ChangeDataset(source, crop_size=32, augment=Augment(), seed=seed)
+        return digest([dataset[epoch, index]])
+
+    assert sample(0, 1, 6) == sample(0, 1, 6)
+    assert len({*sample(0, 1, 6), *sample(0, 2, 6), *sample(1, 1, 6), *sample(0, 1, 7)}) == 4
+    plain = ChangeDataset(source, crop_size=32, augment=Augment())
+    assert digest([plain[6]]) == sample(0, 0, 6)
 
 
-def test_crops_reach_every_corner(root: Path) -> None:
-    dataset = training_set(root)
-    seen: set[tuple[int, int]] = set()
-    read = dataset.source.read
-    dataset.source.read = lambda n, top, left, side: (  # type: ignore[method-assign]
-        seen.add((top, left)) if n == len(dataset.source) - 1 else None, read(n, top, left, side)
-    )[1]  # fmt: skip
-    index = len(dataset) - 1
-    for epoch in range(400):
-        dataset[epoch, index]
-    assert {top for top, _ in seen} == set(range(70 - 32 + 1))
-    assert {left for _, left in seen} == set(range(90 - 32 + 1))
+def test_evaluation_is_alike_in_every_epoch(source: FileSource) -> None:
+    dataset = ChangeDataset(source, crop_size=32)
+    assert digest([dataset[0, 5]]) == digest([dataset[7, 5]])
 
 
-def batches(root: Path, num_workers: int, epoch: int = 1, first: int = 0) -> list:
-    loader = make_loader(training_set(root), 4, shuffle=True, seed=3, num_workers=num_workers)
-    sampler = loader.batch_sampler
-    assert isinstance(sampler, EpochSampler)
-    sampler.set_epoch(epoch, first)
-    return list(loader)
+@pytest.mark.parametrize("augment", [None, Augment(flip=False, turn=False, brightness=0)])
+def test_a_sample_may_be_written_to(tmp_path: Path, augment: Augment | None) -> None:
+    dataset = ChangeDataset(source_of(tmp_path, [(32, 32)]), crop_size=32, augment=augment)
+    expected = digest([dataset[0]])
+    for tensor in dataset[0]:
+        tensor.fill_(7)
+    assert digest([dataset[0]]) == expected
 
 
-def test_r22_workers_change_nothing_and_a_later_start_is_the_rest(root: Path) -> None:
-    alone = batches(root, 0)
-    assert len(alone) == 21 // 4
-    for a, b in zip(alone, batches(root, 2), strict=True):
-        assert equal(a, b)
-    for a, b in zip(alone[2:], batches(root, 0, first=2), strict=True):
-        assert equal(a, b)
-    assert not equal(alone[0], batches(root, 0, epoch=2)[0])
+@pytest.mark.parametrize("num_samples", [1, 3, 4, 8, 11])
+def test_every_sample_is_scored_once(num_samples: int) -> None:
+    sampler = EpochSampler(num_samples, 4, shuffle=False, seed=0)
+    batches = list(sampler)
+    assert [index for batch in batches for _, index in batch] == list(range(num_samples))
+    assert len(batches) == len(sampler)
 
 
-def test_living_workers_see_the_new_epoch(root: Path) -> None:
-    loader = make_loader(training_set(root), 4, shuffle=True, seed=3, num_workers=1)
-    sampler = loader.batch_sampler
-    assert isinstance(sampler, EpochSampler)
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        for a, b in zip(loader, batches(root, 0, epoch=epoch), strict=True):
-            assert equal(a, b)
+@pytest.mark.parametrize(("num_samples", "sizes"), [(3, [3]), (4, [4]), (11, [4, 4])])
+def test_training_drops_a_short_batch_unless_it_is_the_only_one(
+    num_samples: int, sizes: list[int]
+) -> None:
+    sampler = EpochSampler(num_samples, 4, shuffle=True, seed=0)
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == sizes
+    assert len(sampler) == len(sizes)
+    indices = [index for batch in batches for _, index in batch]
+    assert len(set(indices)) == len(indices)
 
 
-def test_sampler_covers_everything_once() -> None:
-    keys = [key for batch in EpochSampler(11, 4, shuffle=False, seed=0) for key in batch]
-    assert keys == [(0, i) for i in range(11)]
-    shuffled = EpochSampler(12, 4, shuffle=True, seed=0)
-    assert sorted(k for b in shuffled for k in b) == [(0, i) for i in range(12)]
-    assert [len(b) for b in EpochSampler(11, 4, shuffle=True, seed=0)] == [4, 4]
-    assert [len(b) for b in EpochSampler(3, 4, shuffle=True, seed=0)] == [3]
+def test_order_depends_on_seed_and_epoch_and_goes_on_in_the_middle() -> None:
+    def batches(seed: int, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
+        sampler = EpochSampler(50, 4, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch, start)
+        return list(sampler)
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(index for batch in batches(seed, epoch) for _, index in batch)
+
+    assert batches(0, 3) == batches(0, 3)
+    assert len({order(0, 3), order(0, 4), order(1, 3)}) == 3
+    assert batches(0, 3, 5) == batches(0, 3)[5:]
+    assert all(epoch == 3 for batch in batches(0, 3) for epoch, _ in batch)
 
 
-def test_evaluation_covers_each_patch_once_in_order(root: Path) -> None:
-    dataset = open_dataset(root, crop_size=32)
-    loader = make_loader(dataset, 4, shuffle=False)
-    assert len(loader) == 5
-    masks = torch.cat([batch[2] for batch in loader])
-    assert torch.equal(masks, torch.stack([dataset[i][2] for i in range(18)]))
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_r22_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
+    seen = []
+    for num_workers in (0, 2):
+        dataset = ChangeDataset(source, crop_size=32, augment=Augment() if shuffle else None)
+        loader = make_loader(dataset, 4, shuffle=shuffle, seed=1, num_workers=num_workers)
+        epochs = []
+        for epoch, start in ((0, 0), (1, 0), (1, 2)):
+            assert isinstance(loader.batch_sampler, EpochSampler)
+            loader.batch_sampler.set_epoch(epoch, start)
+            epochs.append(digest(loader))
+        seen.append(epochs)
+    assert seen[0] == seen[1]
+    first, second, resumed = seen[0]
+    assert resumed == second[2:]
+    assert (first == second) == (not shuffle)
 
 
-def test_a_dataset_travels_to_a_spawned_worker(root: Path) -> None:
-    dataset = training_set(root)
-    assert equal(pickle.loads(pickle.dumps(dataset))[3, 4], dataset[3, 4])
+def test_a_source_and_a_dataset_can_be_pickled(source: FileSource) -> None:
+    dataset = ChangeDataset(source, crop_size=32, augment=Augment())
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert digest([copy[1, 4]]) == digest([dataset[1, 4]])
+
+
+@pytest.mark.parametrize("spoil", ["delete", "shrink", "repaint", "truncate"])
+def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
+    source = source_of(tmp_path, [(32, 32), (32, 32)])
+    dataset = ChangeDataset(source, crop_size=32)
+    expected = digest([dataset[0], dataset[1]])
+    path = source.pairs[1].after
+    stat = path.stat()
+    if spoil == "delete":
+        path.unlink()
+    elif spoil == "truncate":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        save(path, picture(5, 32, 31 if spoil == "shrink" else 32))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert digest([dataset[0]]) == expected[:1]
+    with pytest.raises(UserError, match="p1"):
+        dataset[1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_d13_a_file_that_disappears_is_named(num_workers: int, root: Path) -> None:
-    dataset = open_dataset(root, crop_size=32)
-    _decode.cache_clear()
-    (root / "val" / "B" / "val_1.png").unlink()
-    with pytest.raises(UserError, match=r"val_1\.png: is gone"):
-        list(make_loader(dataset, 4, shuffle=False, num_workers=num_workers))
+def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
+    source = source_of(tmp_path, [(32, 32)])
+    loader = make_loader(
+        ChangeDataset(source, crop_size=32), 1, shuffle=False, num_workers=num_workers
+    )
+    assert len(list(loader)) == 1
+    gone = source.pairs[0].before
+    gone.unlink()
+    with pytest.raises(UserError) as error:
+        list(loader)
+    assert str(error.value).startswith(f"{gone}: is gone")
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_d13_a_file_that_changes_its_size_is_named(root: Path) -> None:
-    dataset = open_dataset(root, crop_size=32)
-    _decode.cache_clear()
-    for part in ("A", "B"):
-        Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(root / "val" / part / "val_0.png")
-    with pytest.raises(UserError, match="does not match its label's"):
-        dataset[0]
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "val" / "label" / "val_0.png")
-    with pytest.raises(UserError, match="changed its size during the run"):
-        dataset[0]
+def test_sizes_that_differ_within_a_pair(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [(32, 32)])
+    save(source.pairs[0].after, picture(1, 16, 32))
+    with pytest.raises(UserError, match=r"p0\.png.*16.*32"):
+        ChangeDataset(FileSource(source.pairs, CODING), crop_size=32)[0]
 
 
-class Dying(ChangeDataset):
-    def __getitem__(self, key: object) -> tuple:  # type: ignore[override]
-        os._exit(7)
-
-
-def test_r6_a_worker_that_dies_is_an_error_not_a_hang(root: Path) -> None:
-    source = FileSource(find_pairs(root).splits["val"], MaskCoding((0, 255)))
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(make_loader(Dying(source, crop_size=32), 4, shuffle=False, num_workers=1))
-
-
-def test_open_dataset_names_the_splits_there_are(root: Path) -> None:
-    with pytest.raises(UserError, match="has no test split, only train, val"):
-        open_dataset(root, "test")
-    assert len(open_dataset(root, mask_values=(0, 255))) == 2
+def test_open_dataset(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=2, val=3)
+    save(tmp_path / "val" / "label" / "val_1.png", mask_of(value=0))
+    dataset = open_dataset(tmp_path, "val", crop_size=16)
+    assert len(dataset) == 12
+    assert (
+        torch.stack([mask for _, _, mask in map(dataset.__getitem__, range(12))]).sum() == 2 * 256
+    )
+    assert open_dataset(str(tmp_path), "train", mask_values=(255, 0)).source.coding.values == (
+        255,
+        0,
+    )
+    with pytest.raises(UserError, match="no test split, only train, val"):
+        open_dataset(tmp_path, "test")

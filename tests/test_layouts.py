@@ -1,168 +1,227 @@
+"""Every layout that a user may have on disk, and what is said of a broken one."""
+
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
+from data_helpers import mask_of, picture, save, save_pair, save_tree
+from PIL import Image
 
 from errors import UserError
-from layouts import find_pairs, scene_of
-from scenes import write_pair, write_tree
+from layouts import DATES, find_pairs, scene_of
 
 
 def names(root: Path) -> dict[str, list[str]]:
     return {split: [p.name for p in pairs] for split, pairs in find_pairs(root).splits.items()}
 
 
-@pytest.mark.parametrize(
-    "folders",
-    [
-        ("A", "B", "label"),
-        ("Image1", "Image2", "label"),
-        ("time1", "time2", "label"),
-        ("im1", "im2", "GT"),
-        ("t1", "t2", "mask"),
-        ("A", "B", "OUT"),
-    ],
-)
-def test_split_folders_of_the_sister_sets(folders: tuple[str, str, str], tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        for name in ("x_2", "x_1"):
-            write_pair(tmp_path / split, name, names=folders)
-    layout = find_pairs(tmp_path)
-    assert names(tmp_path) == {split: ["x_1", "x_2"] for split in ("train", "val", "test")}
-    pair = layout.splits["val"][0]
-    assert pair.before == tmp_path / "val" / folders[0] / "x_1.png"
-    assert pair.after == tmp_path / "val" / folders[1] / "x_1.png"
-    assert pair.label == tmp_path / "val" / folders[2] / "x_1.png"
+def flat(root: Path, *stems: str) -> Path:
+    for seed, stem in enumerate(stems):
+        save_pair(root, stem, seed, (4, 4))
+    return root
 
 
-def test_lists_with_crlf_blank_lines_columns_and_no_endings(tmp_path: Path) -> None:
-    for i in range(4):
-        write_pair(tmp_path, f"s {i}")
-    write_pair(tmp_path, "plain")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "train.txt").write_bytes(b"s 0.png\r\n\r\ns 1.png s 1.png\r\n")
-    (tmp_path / "list" / "val.txt").write_text("s 2.png\nplain\n")
-    assert names(tmp_path) == {"train": ["s 0", "s 1"], "val": ["plain", "s 2"]}
+def write_lists(root: Path, **texts: str) -> Path:
+    (root / "list").mkdir(exist_ok=True)
+    for split, text in texts.items():
+        (root / "list" / f"{split}.txt").write_bytes(text.encode())
+    return root
 
 
-@pytest.mark.parametrize("line", ["../outside.png", "/etc/passwd.png", "a\\b.png", ".."])
-def test_d12_a_list_cannot_leave_the_folder(line: str, tmp_path: Path) -> None:
-    write_pair(tmp_path, "a")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "train.txt").write_text(f"a.png\n{line}\n")
-    with pytest.raises(UserError, match=r"train\.txt: .* is a path"):
+def test_split_folders(tmp_path: Path) -> None:
+    layout = find_pairs(save_tree(tmp_path, train=2, val=1, test=1))
+    assert list(layout.splits) == ["train", "val", "test"]
+    first = layout.splits["train"][0]
+    assert first.name == "train_0"
+    assert [p.parent.name for p in (first.before, first.after, first.label)] == ["A", "B", "label"]
+
+
+@pytest.mark.parametrize("valid", ["valid", "validation", "Val"])
+def test_other_names_of_val(tmp_path: Path, valid: str) -> None:
+    save_tree(tmp_path, (32, 32), train=1)
+    save_pair(tmp_path / valid, f"{valid}_0", 9)
+    assert names(tmp_path) == {"train": ["train_0"], "val": [f"{valid}_0"]}
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_folder_aliases_in_any_case(tmp_path: Path, number: int) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    for split in ("train", "val"):
+        for standard, aliases in zip(("A", "B", "label"), DATES.values(), strict=True):
+            alias = aliases[number % len(aliases)].upper()
+            (tmp_path / split / standard).rename(tmp_path / split / f"{alias}_")
+            (tmp_path / split / f"{alias}_").rename(tmp_path / split / alias)
+    assert names(tmp_path) == {"train": ["train_0"], "val": ["val_0"]}
+
+
+@pytest.mark.parametrize("inner", ["LEVIR-CD", "Real/subset"])
+def test_one_or_two_folders_deeper_beside_others(tmp_path: Path, inner: str) -> None:
+    save_tree(tmp_path / inner, train=1, val=1)
+    (tmp_path / "__MACOSX" / "train").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    assert find_pairs(tmp_path).root == tmp_path / inner
+
+
+def test_two_datasets_in_one_folder_are_not_guessed(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        save_tree(tmp_path / name, train=1, val=1)
+    with pytest.raises(UserError, match=r"several datasets, .*first, .*second"):
+        find_pairs(tmp_path)
+    (tmp_path / "second" / "sample.json").write_text("{}")  # a generated set gives way
+    assert find_pairs(tmp_path).root == tmp_path / "first"
+
+
+def test_flat_with_lists(tmp_path: Path) -> None:  # D12: CRLF, blank lines, second column, BOM
+    flat(tmp_path, "a 1", "b", "c", "unlisted")
+    write_lists(tmp_path, train="\ufeffa 1.png\r\n\r\nb.png label/b.png\r\n", val="c\n")
+    assert names(tmp_path) == {"train": ["a 1", "b"], "val": ["c"]}
+
+
+@pytest.mark.parametrize("line", ["../secret.png", "/etc/passwd.png", "..", "A\\a.png", "x/../a"])
+def test_d12_a_list_does_not_lead_out_of_the_folder(tmp_path: Path, line: str) -> None:
+    write_lists(flat(tmp_path, "a", "b"), train=f"a\n{line}\n", val="b\n")
+    with pytest.raises(UserError, match=r"train\.txt.*is a path"):
         find_pairs(tmp_path)
 
 
-def test_d12_names_that_are_not_there_are_all_listed(tmp_path: Path) -> None:
-    write_pair(tmp_path, "a")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "train.txt").write_text("a.png\nb.png\nc.png\n")
-    with pytest.raises(UserError, match=r"6 files of pairs are missing(.|\n)*A/b(.|\n)*label/c"):
-        find_pairs(tmp_path)
-
-
-def test_names_with_a_prefix_are_split_by_it(tmp_path: Path) -> None:
-    for name in ("train_1", "train_2", "val_1", "test_7"):
-        write_pair(tmp_path, name)
-    assert names(tmp_path) == {
-        "train": ["train_1", "train_2"],
-        "val": ["val_1"],
-        "test": ["test_7"],
-    }
-
-
-def test_without_val_whole_scenes_are_held_out_always_the_same(tmp_path: Path) -> None:
-    for scene in range(6):
-        for crop in range(3):
-            write_pair(tmp_path / "train", f"town_{scene}_{crop:04}_0256")
-    found = names(tmp_path)
-    assert found == names(tmp_path)
-    assert sorted(found["train"] + found["val"]) == sorted(
-        p.stem for p in (tmp_path / "train" / "A").iterdir()
-    )
-    scenes = {split: {scene_of(n) for n in found[split]} for split in found}
-    assert len(scenes["val"]) == 1 and not scenes["train"] & scenes["val"]
-
-
-def test_scene_of_a_crop() -> None:
-    assert scene_of("train_36_0512_0512") == "train_36"
-    assert scene_of("train_36") == "train_36"
-    assert scene_of("a-256-0") == "a-256-0"
-
-
-@pytest.mark.parametrize("deeper", ["LEVIR-CD", "Real/subset"])
-def test_a_lone_folder_is_entered(deeper: str, tmp_path: Path) -> None:
-    write_tree(tmp_path / deeper)
-    assert find_pairs(tmp_path).root == tmp_path / deeper
-
-
-def test_d1_every_missing_partner_is_listed(tmp_path: Path) -> None:
-    write_tree(tmp_path, num=30)
-    for i in range(12):
-        (tmp_path / "train" / "B" / f"train_{i}.png").unlink()
-    (tmp_path / "train" / "label" / "train_20.png").unlink()
+def test_d12_names_that_are_not_there_are_all_named(tmp_path: Path) -> None:
+    write_lists(flat(tmp_path, "a", "b"), train="a\ngone.png\nlost\n", val="b\n")
     with pytest.raises(UserError) as error:
         find_pairs(tmp_path)
-    assert "13 files of pairs are missing" in str(error.value)
-    assert str(error.value).count("missing\n") + str(error.value).endswith("missing") == 13
+    assert "gone" in str(error.value)
+    assert "lost" in str(error.value)
+    assert "A/a" not in str(error.value)
 
 
-def test_d8_strange_names_work_and_system_files_are_passed_over(tmp_path: Path) -> None:
-    write_tree(tmp_path)
-    for name in ("höhe 高さ", "with space"):
-        write_pair(tmp_path / "train", name)
-    for part in ("A", "B", "label"):
-        folder = tmp_path / "train" / part
-        (folder / "with space.png").rename(folder / "with space.PNG")
-        for junk in ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt"):
-            (folder / junk).write_bytes(b"junk")
-    (tmp_path / ".cache").mkdir()
-    target = tmp_path / "elsewhere.png"
-    (tmp_path / "train" / "A" / "train_0.png").rename(target)
-    (tmp_path / "train" / "A" / "train_0.png").symlink_to(target)
-    expected = {"höhe 高さ", "train_0", "train_1", "train_2", "with space"}
-    assert set(names(tmp_path)["train"]) == expected
+def test_flat_with_prefixes(tmp_path: Path) -> None:
+    flat(tmp_path, "train_1", "train_10", "val_3", "test_7")
+    expected = {"train": ["train_1", "train_10"], "val": ["val_3"], "test": ["test_7"]}
+    assert names(tmp_path) == expected
 
 
-def test_d8_two_files_of_one_stem_are_an_error(tmp_path: Path) -> None:
-    write_tree(tmp_path)
-    shutil.copy(tmp_path / "val" / "A" / "val_0.png", tmp_path / "val" / "A" / "val_0.tif")
-    with pytest.raises(UserError, match=r"val_0\.png and val_0\.tif have the same stem"):
+def test_val_is_split_off_by_scene_and_always_alike(tmp_path: Path) -> None:
+    stems = [f"city_{n}_{y:04}_{x:04}" for n in range(10) for y in (0, 256) for x in (0, 256)]
+    found = names(flat(tmp_path, *stems))
+    scenes = {split: {scene_of(name) for name in group} for split, group in found.items()}
+    assert not scenes["train"] & scenes["val"]
+    assert (len(scenes["val"]), len(found["val"])) == (2, 8)
+    assert sorted(found["train"] + found["val"]) == sorted(stems)
+    assert names(tmp_path) == found
+
+
+def test_split_folders_without_val(tmp_path: Path) -> None:
+    found = names(save_tree(tmp_path, train=5, test=2))
+    assert [len(group) for group in found.values()] == [4, 1, 2]
+    assert "train" in find_pairs(tmp_path).description
+
+
+def test_a_single_scene_is_not_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="single scene"):
+        find_pairs(flat(tmp_path, "a_0000_0000", "a_0000_0256"))
+
+
+@pytest.mark.parametrize(
+    ("name", "scene"),
+    [
+        ("train_412_0512_0768", "train_412"),
+        ("a_12_256_512", "a_12"),
+        ("a_0256_0512", "a"),
+        ("train_1_1", "train_1"),
+        ("train_12_15", "train_12"),
+        ("train_12", "train_12"),
+        ("synthetic_00012", "synthetic_00012"),
+        ("plain", "plain"),
+        ("12", "12"),
+    ],
+)
+def test_scene_of_a_crop(name: str, scene: str) -> None:
+    assert scene_of(name) == scene
+
+
+def test_d8_odd_but_harmless_files(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    train = tmp_path / "train"
+    for junk in ("._train_0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        for folder in ("A", "label"):
+            (train / folder / junk).write_bytes(b"junk")
+    odd = "größe 1"
+    save(train / "A" / f"{odd}.JPG", picture(1))
+    save(train / "B" / f"{odd}.tif", picture(2))
+    save(tmp_path / "elsewhere.bmp", mask_of())
+    (train / "label" / f"{odd}.BMP").symlink_to(tmp_path / "elsewhere.bmp")
+    assert names(tmp_path)["train"] == sorted([odd, "train_0"])
+
+
+def test_d8_names_written_on_another_system(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    composed = unicodedata.normalize("NFC", "größe")
+    for folder, name in (("A", composed), ("B", unicodedata.normalize("NFD", composed))):
+        save(tmp_path / "train" / folder / f"{name}.png", mask_of())
+    save(tmp_path / "train" / "label" / f"{composed}.png", mask_of())
+    assert len(names(tmp_path)["train"]) == 2
+
+
+def test_d8_the_same_stem_twice(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    save(tmp_path / "train" / "A" / "train_0.tif", picture(3))
+    with pytest.raises(UserError, match=r"train_0\.png and train_0\.tif"):
         find_pairs(tmp_path)
 
 
-def test_files_of_a_pair_may_have_other_endings(tmp_path: Path) -> None:
-    write_tree(tmp_path)
-    label = tmp_path / "val" / "label" / "val_0.png"
-    label.rename(label.with_suffix(".tiff"))
-    assert find_pairs(tmp_path).splits["val"][0].label.suffix == ".tiff"
+def test_d1_all_missing_partners_are_listed(tmp_path: Path) -> None:
+    train = save_tree(tmp_path, train=40, val=1) / "train"
+    for index in range(4):
+        (train / "A" / f"train_{index}.png").unlink()
+    (train / "label" / "train_7.png").unlink()
+    with pytest.raises(UserError) as error:
+        find_pairs(tmp_path)
+    lines = str(error.value).splitlines()
+    assert "5 files" in lines[0]
+    assert len(lines) == 6
+    assert any("label" in line and "train_7" in line for line in lines)
+    for path in (train / "B").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"and \d+ more") as error:
+        find_pairs(tmp_path)
+    assert len(str(error.value).splitlines()) < 25
 
 
-def test_d7_wrong_places_show_the_expected_tree(tmp_path: Path) -> None:
-    def refused(root: Path, says: str) -> None:
-        with pytest.raises(UserError, match=f"{says}.*expected DIR/train/A"):
-            find_pairs(root)
+@pytest.mark.parametrize(
+    "spoil",
+    ["no root", "root is a file", "no label", "empty val", "A is a file", "train is a file",
+     "nothing there", "test only"],
+)  # fmt: skip
+def test_d7_the_expected_tree_is_shown(tmp_path: Path, spoil: str) -> None:
+    root = save_tree(tmp_path / "data", train=1, val=1)
+    if spoil == "no root":
+        root = tmp_path / "other"
+    elif spoil == "root is a file":
+        root = save(tmp_path / "x.png", mask_of())
+    elif spoil == "no label":
+        shutil.rmtree(root / "train" / "label")
+    elif spoil == "empty val":
+        for folder in ("A", "B", "label"):
+            (root / "val" / folder / "val_0.png").unlink()
+    elif spoil in ("A is a file", "train is a file"):
+        path = root / "train" / "A" if spoil[0] == "A" else root / "train"
+        shutil.rmtree(path)
+        path.write_text("")
+    elif spoil == "nothing there":
+        root = tmp_path / "empty"
+        root.mkdir()
+    else:
+        shutil.rmtree(root / "val")
+        (root / "train").rename(root / "test")
+    with pytest.raises(UserError, match="expected DIR/train/A") as error:
+        find_pairs(root)
+    assert str(root) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
-    refused(tmp_path / "nowhere", "no such folder")
-    (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is a file, not a folder")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no dataset is recognised")
-    root = write_tree(tmp_path / "nolabel")
-    shutil.rmtree(root / "train" / "label")
-    refused(root, r"has no folder for label \(label, labels")
-    (root / "train" / "label").write_text("")
-    refused(root, "is a file, not a folder")
-    root = write_tree(tmp_path / "novalpairs")
-    for part in ("A", "B", "label"):
-        shutil.rmtree(root / "val" / part)
-        (root / "val" / part).mkdir()
-    refused(root, "the val split holds no pair")
-    refused(write_tree(tmp_path / "testonly", splits=["val"]), "the train split holds no pair")
 
-
-def test_a_single_scene_cannot_be_split(tmp_path: Path) -> None:
-    write_pair(tmp_path, "only")
-    with pytest.raises(UserError, match="a single scene"):
+def test_a_list_that_is_no_text(tmp_path: Path) -> None:
+    write_lists(flat(tmp_path, "a", "b"), train="a", val="b")
+    Image.new("L", (4, 4)).save(tmp_path / "list" / "x.png")
+    (tmp_path / "list" / "x.png").rename(tmp_path / "list" / "train.txt")
+    with pytest.raises(UserError, match=r"train\.txt: is not a text file"):
         find_pairs(tmp_path)

@@ -8,18 +8,18 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import config as cli
 from config import option
 from errors import Interrupted, StopRequest, UserError, run_script
 
-if TYPE_CHECKING:
-    from model import Encoder
-
 ROOT = Path(__file__).resolve().parent
 PICTURE = ROOT / "images" / "validation_predictions.png"
 SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
+PATCH_SIZE = 256  # of the validation grid, as the literature has it
+# The sample run without ImageNet weights: what a CPU can teach a network from scratch in minutes
+FROM_SCRATCH: dict[str, Any] = {"weights": "none", "backbone": "resnet18", "crop_size": 128, "lr": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
     num_classes: int = option(1, "1 = change or not; 3 = none, road, building; K", at_least=1)
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
-    crop_size: int = option(256, "side of a training crop and of a patch", above=0, multiple_of=32)
+    crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
 
     # model
     backbone: str = option("resnet50", "encoder")
@@ -91,6 +91,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     from losses import CombinedIoULoss
     from model import build_model, count_parameters
     from optimizer import build_optimizer, warmup_cosine
+    from pretrained import load_weights
     from run_folder import find_checkpoint, new_run_folder, write_json
     from tracking import Tracker
     from transforms import Augment
@@ -112,12 +113,14 @@ def train(given: dict[str, Any]) -> dict[str, float]:
 
     # ---- data
     data_dir, is_sample = choose_data(config)
+    if is_sample and not state:
+        config = without_missing_weights(config, given)
     layout = find_pairs(data_dir)
     data = check(
         layout,
         num_classes=config.num_classes,
         mask_values=config.mask_values,
-        crop_size=config.crop_size,
+        crop_size=PATCH_SIZE,
         memo=ROOT / "data" / "cache" / "checked.json",
     )
     print(f"data    {data_dir} ({layout.description})\n{data.table()}")
@@ -126,11 +129,14 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     train_set, val_set = (
         ChangeDataset(
             FileSource(layout.splits[split], data.coding),
-            crop_size=config.crop_size,
+            crop_size=crop_size,
             augment=augment,
             seed=config.seed,
         )
-        for split, augment in (("train", Augment()), ("val", None))
+        for split, crop_size, augment in (
+            ("train", config.crop_size, Augment()),
+            ("val", PATCH_SIZE, None),
+        )
     )
     train_loader, val_loader = (
         make_loader(
@@ -152,7 +158,9 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         "num_classes": config.num_classes,
     }
     model = build_model(**architecture, freeze_backbone=False)
-    weights = state["weights"] if state else load_encoder(model.encoder, config, is_sample)
+    weights = (
+        state["weights"] if state else load_weights(model.encoder, config.backbone, config.weights)
+    )
     is_pretrained = not weights.startswith("none")
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()
@@ -341,22 +349,24 @@ def choose_data(config: Config) -> tuple[Path, bool]:
     return make_sample_set(folder, num_classes=1 if is_binary else 3), True
 
 
-def load_encoder(encoder: "Encoder", config: Config, is_sample: bool) -> str:
-    """Load the encoder's weights and say which; only the sample run may go on without them."""
-    from pretrained import WeightsUnavailableError, load_weights
+def without_missing_weights(config: Config, given: dict[str, Any]) -> Config:
+    """Let the sample run, and it alone, go on without ImageNet weights that cannot be had."""
+    from pretrained import WeightsUnavailableError, download, imagenet_url
 
+    if config.weights != "imagenet":
+        return config
     try:
-        return load_weights(encoder, config.backbone, config.weights)
+        download(imagenet_url(config.backbone))
     except WeightsUnavailableError as error:
-        if not is_sample:
-            raise
+        recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
         rule = "!" * 100
         print(f"{rule}\n!! NO IMAGENET WEIGHTS: {error}")
-        print(
-            "!! The sample run goes on FROM SCRATCH, with the encoder unfrozen: its scores are not"
-        )
-        print(f"!! those of a pretrained model. On real data this is an error.\n{rule}")
-        return "none (ImageNet's could not be downloaded), from scratch"
+        print(f"!! The sample run goes on FROM SCRATCH, all of it learning, with {flags}:")
+        print("!! its scores are not those of a pretrained model. On real data this is an error.")
+        print(rule)
+        return replace(config, **recipe)
+    return config
 
 
 def summary(best: dict[str, float], weights: str, is_sample: bool, run_dir: Path) -> str:

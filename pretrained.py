@@ -47,11 +47,23 @@ def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
     if source == "none":
         return "none: the encoder starts from random numbers"
     if source == "imagenet":
-        weights = get_model_weights(backbone).DEFAULT
-        _fill(encoder, download(weights.url), weights.url)
-        return f"ImageNet ({weights})"
+        url = imagenet_url(backbone)
+        _fill(encoder, download(url), url)
+        return f"ImageNet ({get_model_weights(backbone).DEFAULT})"
     _fill(encoder, read_state_dict(Path(source)), source)
     return source
+
+
+def imagenet_url(backbone: str) -> str:
+    """Return where torchvision's best ImageNet weights of a backbone are: IMAGENET1K_V2 if any.
+
+    Raises:
+        UserError: torchvision has no such backbone.
+    """
+    try:
+        return get_model_weights(backbone).DEFAULT.url
+    except ValueError:
+        raise UserError(f"--backbone {backbone}: torchvision has no weights for it") from None
 
 
 def download(url: str) -> dict[str, Tensor]:

@@ -28,9 +28,9 @@ class Augment:
     flip: bool = True
     turn: bool = True
     swap: bool = True
-    brightness: float = 0.3
-    contrast: float = 0.3
-    saturation: float = 0.3
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
     hue: float = 0.0
 
     def __call__(

@@ -19,7 +19,12 @@ PICTURE = ROOT / "images" / "validation_predictions.png"
 SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
 PATCH_SIZE = 256  # of the validation grid, as the literature has it
 # The sample run without ImageNet weights: what a CPU can teach a network from scratch in minutes
-FROM_SCRATCH: dict[str, Any] = {"weights": "none", "backbone": "resnet18", "crop_size": 128, "lr": 2e-3}
+FROM_SCRATCH: dict[str, Any] = {
+    "weights": "none",
+    "backbone": "resnet18",
+    "crop_size": 128,
+    "lr": 2e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     from engine import Precision, Progress, evaluate, train_one_epoch
     from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
     from layouts import find_pairs
-    from losses import CombinedIoULoss
+    from losses import build_loss
     from model import build_model, count_parameters
     from optimizer import build_optimizer, warmup_cosine
     from pretrained import load_weights
@@ -165,7 +170,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()
     model.to(device)
-    criterion = CombinedIoULoss(config.bce_weight, config.iou_weight)
+    criterion = build_loss(config.num_classes, config.bce_weight, config.iou_weight)
     num_batches = len(train_loader)
     num_updates = -(-num_batches // config.accumulate)
     optimizer = build_optimizer(
@@ -308,7 +313,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
             )
             scores = {f"train/{key}": value for key, value in on_train.items()}
             scores |= {f"val/{key}": value for key, value in on_val.items()}
-            scores |= {"lr": scheduler.get_last_lr()[0], "pairs_per_second": speed}
+            scores |= {"lr": float(scheduler.get_last_lr()[0]), "pairs_per_second": speed}
             tracker.log(scores, epoch)
             tracker.log_pr_curve("val/precision_recall", histogram.counts, epoch)
             if epoch % config.draw_every == 0:

@@ -102,7 +102,8 @@ class ConcatFusion(nn.Module):
         super().__init__()
         self.mix = _conv_norm_relu(2 * in_channels, out_channels, kernel_size=1)
         with torch.no_grad():
-            first, second = self.mix[0].weight.chunk(2, dim=1)
+            weight = next(self.mix.parameters())
+            first, second = weight.chunk(2, dim=1)
             nn.init.kaiming_normal_(first, mode="fan_out", nonlinearity="relu")
             second.copy_(-first)
 

@@ -78,7 +78,7 @@ def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from checkpoint import save_checkpoint; from errors import run_script\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "state = {'model': {'w': torch.zeros(100_000)}, 'model_kwargs': {}, 'config': {}, 'data': {}}\n"
+        "state = {'model': {'w': torch.zeros(100_000)}}\n"
         "sys.exit(run_script(lambda: save_checkpoint(Path(sys.argv[1]), state)))"
     )
     done = subprocess.run(

@@ -26,7 +26,8 @@ class Small:
 
 def test_only_given_flags_come_back() -> None:
     assert cli.parse(Small, []) == {}
-    argv = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255".split()
+    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255"
+    argv = line.split()
     assert cli.parse(Small, argv) == {
         "count": 4, "rate": 2.0, "fast": True, "maybe": False, "kind": "b", "where": "auto",
         "values": (0, 128, 255),
@@ -81,7 +82,8 @@ def test_only_options_that_matter_count_as_different() -> None:
 def test_help_shows_every_option_without_importing_torch() -> None:
     main = Path(__file__).parents[1] / "main.py"
     script = (
-        f"import sys, runpy; sys.argv = ['main.py', '--help']; sys.path.insert(0, {str(main.parent)!r})\n"
+        "import sys, runpy; sys.argv = ['main.py', '--help']\n"
+        f"sys.path.insert(0, {str(main.parent)!r})\n"
         f"try: runpy.run_path({str(main)!r}, run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules\n"

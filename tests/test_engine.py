@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ class Run:
         self.precision = Precision.named(precision, CPU)
         self.progress = Progress(1, CPU)
 
-    def epoch(self, loader: Batches, num_batches: int | None = None, **options: object) -> dict:
+    def epoch(self, loader: Batches, num_batches: int | None = None, **options: Any) -> dict:
         return train_one_epoch(
             self.model, CombinedIoULoss(), iter(loader), self.optimizer, self.scheduler,
             self.progress, precision=self.precision, num_batches=num_batches or len(loader),
@@ -167,7 +168,7 @@ class Overflowing(torch.amp.GradScaler):
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         pass
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
 
     def update(self, new_scale: object = None) -> None:
@@ -203,9 +204,11 @@ def test_clipping_bounds_the_step() -> None:
 
 def test_evaluation_does_not_depend_on_the_batch_size_and_learns_nothing() -> None:
     run, loader = Run(), batches(3, size=4)
-    singles = [tuple(t[i : i + 1] for t in batch) for batch in loader for i in range(len(batch[0]))]
+    singles: Any = [
+        tuple(t[i : i + 1] for t in batch) for batch in loader for i in range(len(batch[0]))
+    ]
     kept = run.weights()
-    options = {"num_classes": 1, "device": CPU, "precision": run.precision}
+    options: dict[str, Any] = {"num_classes": 1, "device": CPU, "precision": run.precision}
     at_once, _ = evaluate(run.model, CombinedIoULoss(), loader, **options)
     one_by_one, histogram = evaluate(run.model, CombinedIoULoss(), singles, **options)
     assert at_once.pop("loss") == pytest.approx(one_by_one.pop("loss"), rel=1e-5)

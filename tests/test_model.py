@@ -49,8 +49,9 @@ def test_frozen_encoder_changes_neither_weights_nor_statistics(name: str) -> Non
 def test_unfrozen_encoder_learns_and_counts() -> None:
     model = build_model(backbone="resnet18", freeze_backbone=False).train()
     model(*pair(2, 3, 32, 32)).sum().backward()
-    assert model.encoder.backbone.conv1.weight.grad.abs().sum() > 0
-    assert model.encoder.backbone.bn1.num_batches_tracked == 1
+    grad = model.encoder.backbone.get_parameter("conv1.weight").grad
+    assert grad is not None and grad.abs().sum() > 0
+    assert model.encoder.backbone.get_buffer("bn1.num_batches_tracked") == 1
 
 
 @pytest.mark.parametrize("name", FUSIONS)

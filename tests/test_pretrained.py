@@ -3,6 +3,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_the_features_are_those_of_torchvision(state: dict, encoder: Encoder) ->
 
 def test_one_of_our_checkpoints_gives_its_encoder(encoder: Encoder, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    kwargs = {"backbone": "resnet18"}
+    kwargs: dict[str, Any] = {"backbone": "resnet18"}
     trained = build_model(**kwargs)
     save_checkpoint(
         tmp_path / "best.pt",

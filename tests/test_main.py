@@ -1,0 +1,334 @@
+import csv
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import mask_of, save_pair, save_tree
+from PIL import Image
+
+import main
+import pretrained
+import sample_data
+from checkpoint import load_model, read_checkpoint
+from dataset import open_dataset
+from errors import DivergedError, Interrupted, UserError
+from main import FROM_SCRATCH, Config, train
+from pretrained import WeightsUnavailableError
+
+SCRIPT = Path(main.__file__)
+SMALL = {
+    "backbone": "resnet18",
+    "weights": "none",
+    "crop_size": 32,
+    "batch_size": 2,
+    "workers": 0,
+    "device": "cpu",
+    "mlflow": False,
+    "amp": "off",
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a run writes beside main.py (data/, runs/, images/) inside the test's folder."""
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    monkeypatch.setattr(main, "PICTURE", tmp_path / "images" / "validation_predictions.png")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return save_tree(tmp_path / "levir", train=6, val=2)
+
+
+def options(tree: Path, **more: Any) -> dict[str, Any]:
+    return {**SMALL, "data_dir": str(tree), **more}
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        del row["pairs_per_second"]
+    return table
+
+
+def no_network(url: str) -> dict:
+    raise WeightsUnavailableError(f"{url}: cannot be downloaded (test); {pretrained.REMEDIES}")
+
+
+def test_a_run_leaves_everything_it_promises(tree: Path, tmp_path: Path) -> None:
+    best = train(options(tree, epochs=2, name="a", draw_every=1))
+    run = tmp_path / "runs" / "a"
+    assert {p.name for p in run.iterdir() if "tfevents" not in p.name} == {
+        "config.json", "metrics.csv", "best.pt", "last.pt", "last.previous.pt",
+        "validation_predictions.png",
+    }  # fmt: skip
+    assert list(run.glob("*tfevents*"))
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["epochs"] == 2 and saved["versions"]["torch"] == torch.__version__
+    table = rows(run)
+    assert [row["step"] for row in table] == ["1", "2"]
+    assert max(float(row["val/change_iou"]) for row in table) == pytest.approx(best["change_iou"])
+    assert {"train/loss", "val/loss", "val/change_dice", "val/mean_dice", "lr"} <= set(table[0])
+    with Image.open(tmp_path / "images" / "validation_predictions.png") as picture:
+        assert picture.width > 500
+    model = load_model(run / "best.pt")
+    before, after, _ = open_dataset(tree, crop_size=32)[0]
+    assert model(before[None], after[None]).shape == (1, 1, 32, 32)
+
+
+class StopAfter:
+    """A stop request that a signal makes at the n-th look."""
+
+    looks = 0
+    number = signal.SIGTERM
+
+    def __enter__(self) -> "StopAfter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def signal_number(self) -> int:
+        StopAfter.looks -= 1
+        return self.number if StopAfter.looks == 0 else 0
+
+
+@pytest.mark.parametrize(
+    "stop_at",
+    [pytest.param(1, id="first step"), pytest.param(4, id="end of epoch 1"), 6, 8, 14],
+)
+def test_resumed_is_bit_for_bit_the_straight_run(
+    stop_at: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # three updates and one look at the end make an epoch; 6 and 14 lie inside one
+    train(options(tree, epochs=4, name="straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "StopRequest", StopAfter)
+        StopAfter.looks = stop_at
+        with pytest.raises(Interrupted, match="go on with: python main.py --resume") as stop:
+            train(options(tree, epochs=4, name="stopped"))
+        assert stop.value.exit_code == 143
+    train({"resume": "auto", "name": "stopped"})
+    straight, stopped = tmp_path / "runs" / "straight", tmp_path / "runs" / "stopped"
+    assert rows(straight) == rows(stopped)
+    for file in ("last.pt", "best.pt"):
+        first, second = read_checkpoint(straight / file), read_checkpoint(stopped / file)
+        assert first["best"] == second["best"]
+        for part in ("model", "optimizer") if file == "last.pt" else ("model",):
+            assert_equal(first[part], second[part])
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def test_r22_the_seed_decides(tree: Path, tmp_path: Path) -> None:
+    for name, more in (("a", {}), ("b", {"workers": 1}), ("c", {"seed": 1})):
+        train(options(tree, epochs=1, name=name, **more))
+    a, b, c = (rows(tmp_path / "runs" / name) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
+    train(options(tree, epochs=1, name="a"))
+    with pytest.raises(UserError, match="all 1 epochs are done; --epochs N adds more"):
+        train({"resume": "auto"})
+    train({"resume": str(tmp_path / "runs" / "a"), "epochs": 2})
+    assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == ["1", "2"]
+
+
+def test_r10_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
+    train(options(tree, epochs=1, name="a"))
+    with pytest.raises(UserError, match="keeps its options; --batch-size: 2, now 3"):
+        train({"resume": "auto", "epochs": 2, "batch_size": 3})
+    other = save_tree(tmp_path / "other", train=7, val=2)
+    with pytest.raises(UserError, match="was trained on other data"):
+        train({"resume": "auto", "epochs": 2, "data_dir": str(other)})
+
+
+def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
+    train(options(tree, epochs=1, name="a"))
+    moved = tmp_path / "else where"
+    (tmp_path / "runs" / "a").rename(moved)
+    tree.rename(tmp_path / "data set")
+    train({"resume": str(moved), "epochs": 2, "data_dir": str(tmp_path / "data set")})
+    assert len(rows(moved)) == 2
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_r9_a_run_is_never_overwritten(tree: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(options(tree, epochs=1, name="a"))
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"a", "a-2"}
+
+
+def test_without_weights_real_data_stops_before_anything_is_written(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "download", no_network)
+    with pytest.raises(UserError, match=r"--weights PATH.*--weights none"):
+        train({**options(tree), "weights": "imagenet"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -> None:
+    (tree / "val" / "B").rename(tree / "val" / "Z")
+    with pytest.raises(UserError, match="has no folder for after"):
+        train(options(tree))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_d10_mixed_sizes_train(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "mixed", size=(40, 70), train=2, val=1)
+    save_pair(tree / "train", "small", 7, size=(17, 33))
+    assert train(options(tree, epochs=1))["change_iou"] >= 0
+
+
+def test_three_classes_train(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "mci", train=3, val=1)
+    for number, path in enumerate(sorted((tree / "train" / "label").iterdir())):
+        Image.fromarray(mask_of(value=(128, 255, 255)[number])).save(path)
+    best = train(options(tree, epochs=1, num_classes=3, name="a"))
+    assert 0 <= best["mean_iou"] <= 1
+    state = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
+    assert state["data"]["mask_values"] == [0, 128, 255]
+    assert state["model"]["head.bias"].shape == (3 * 4,)
+
+
+def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = functools.partial(
+        sample_data.make_sample_set, num_pairs={"train": 4, "val": 2, "test": 1}, size=64
+    )
+    monkeypatch.setattr(sample_data, "make_sample_set", made)
+
+
+def test_the_sample_run_goes_on_from_scratch_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small_sample(monkeypatch)
+    monkeypatch.setattr(pretrained, "download", no_network)
+    given = {"epochs": 1, "name": "s", "workers": 0, "mlflow": False, "crop_size": 64}
+    train(given)
+    said = capsys.readouterr().out
+    assert "NO IMAGENET WEIGHTS" in said and "FROM SCRATCH" in said
+    assert "these are not LEVIR-CD results" in said
+    state = read_checkpoint(tmp_path / "runs" / "s" / "last.pt")
+    assert state["config"]["crop_size"] == 64  # what was asked for wins over the recipe
+    assert state["config"]["backbone"] == FROM_SCRATCH["backbone"]
+    assert not state["model_kwargs"]["freeze_backbone"]
+    train({"resume": "auto", "epochs": 2})
+    assert len(rows(tmp_path / "runs" / "s")) == 2
+
+
+def test_with_weights_the_encoder_is_frozen(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(5)
+    state = resnet18().state_dict()
+    monkeypatch.setattr(pretrained, "download", lambda url: state)
+    train({**options(tree, epochs=1, name="a"), "weights": "imagenet"})
+    saved = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
+    assert saved["model_kwargs"]["freeze_backbone"]
+    for key, value in state.items():
+        if not key.startswith("fc."):
+            assert torch.equal(saved["model"][f"encoder.backbone.{key}"], value), key
+    torch.save(state, tmp_path / "w.pth")
+    train({**options(tree, epochs=1, name="b"), "weights": str(tmp_path / "w.pth")})
+    assert rows(tmp_path / "runs" / "a") == rows(tmp_path / "runs" / "b")
+    train({**options(tree, epochs=1, name="c"), "weights": str(tmp_path / "w.pth"),
+           "freeze_backbone": False})  # fmt: skip
+    assert rows(tmp_path / "runs" / "a") != rows(tmp_path / "runs" / "c")
+
+
+def test_data_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_sample(monkeypatch)
+    folder, is_sample = main.choose_data(Config())
+    assert (folder, is_sample) == (tmp_path / "data" / "sample", True)
+    assert main.choose_data(Config(num_classes=3))[0] == tmp_path / "data" / "sample-3-classes"
+    assert main.choose_data(Config(data_dir=str(folder))) == (folder, True)
+    (tmp_path / "data" / "cache").mkdir()
+    (tmp_path / "data" / "README.md").write_text("")
+    assert main.choose_data(Config())[1]
+    save_tree(tmp_path / "data", train=1, val=1)
+    assert main.choose_data(Config()) == (tmp_path / "data", False)
+    assert main.choose_data(Config(data_dir="/x")) == (Path("/x"), False)
+
+
+def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) -> None:
+    train(options(tree, epochs=1, name="a"))
+    kept = (tmp_path / "runs" / "a" / "last.pt").read_bytes()
+    with pytest.raises(DivergedError) as error:
+        train(options(tree, epochs=3, name="b", lr=1e30, clip_grad=0.0, warmup_epochs=0.0))
+    assert error.value.exit_code == 3
+    best = tmp_path / "runs" / "b" / "best.pt"
+    if best.exists():
+        read_checkpoint(best)
+    assert (tmp_path / "runs" / "a" / "last.pt").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--epochs 0", "--epochs 0: give a number above 0"),
+        ("--batch-size -1", "--batch-size -1"),
+        ("--crop-size 33", "--crop-size 33: give a multiple of 32"),
+        ("--lr nan", "--lr nan"),
+        ("--data-dir /nowhere/at/all", "no such folder; expected DIR/train/A"),
+        ("--resume /nowhere/last.pt", "no such checkpoint"),
+    ],
+)
+def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *argv.split(), "--output-dir", str(tmp_path / "runs")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_r3_a_real_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, tree: Path, tmp_path: Path
+) -> None:
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in options(tree).items()
+             if key != "mlflow"]  # fmt: skip
+    command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",
+               "--output-dir", str(tmp_path / "runs"), "--name", "a"]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("epoch   2"):
+            os.kill(run.pid, number)
+            break
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    assert "go on with: python main.py --resume" in errors and "Traceback" not in errors
+    state = read_checkpoint(tmp_path / "runs" / "a" / "last.pt")
+    assert state["progress"]["epoch"] >= 2
+    assert np.isfinite(state["best"]["change_iou"])

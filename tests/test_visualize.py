@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from data_helpers import save_pair, save_tree
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from dataset import ChangeDataset, open_dataset
+from visualize import (
+    FALSE_ALARM,
+    HIT,
+    IGNORED,
+    MISS,
+    color_classes,
+    color_errors,
+    pick_samples,
+    plot_predictions,
+    prediction_grid,
+    save_figure,
+)
+
+
+class Brightness(nn.Module):
+    """Claims change where the later date is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.drop = nn.Dropout()
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        assert not self.training
+        return self.scale * (after.float().mean(1, keepdim=True) - 128)
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> ChangeDataset:
+    tree = save_tree(tmp_path / "set", train=1, val=8)
+    for i in range(4):
+        save_pair(tree / "val", f"still_{i}", 50 + i, mask=np.zeros((32, 32), np.uint8))
+    return open_dataset(tree, crop_size=32)
+
+
+def test_as_the_notebook_calls_it(
+    val: ChangeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = Brightness().train()
+    figure = plot_predictions(model, val, device="cuda", num_samples=10)
+    assert isinstance(figure, Figure)
+    assert len(figure.axes) == 10 * 5
+    assert model.training and model.drop.training
+    assert "no CUDA here" in caplog.text
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.format == "PNG"
+    assert {p.name for p in tmp_path.iterdir()} == {"results.png", "set"}
+
+
+def test_r12_needs_no_display(
+    val: ChangeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
+    before = mpl.rcParams.copy()
+    plot_predictions(Brightness(), val, "cpu", 1, path=tmp_path / "deep" / "er" / "x.png")
+    assert (tmp_path / "deep" / "er" / "x.png").is_file()
+    assert mpl.rcParams == before
+
+
+def test_fewer_patches_than_asked_for(val: ChangeDataset) -> None:
+    assert len(plot_predictions(Brightness(), val, "cpu", 100, path=None).axes) == 12 * 5
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        plot_predictions(Brightness(), val, "cpu", 0)
+
+
+def test_four_in_five_show_change(val: ChangeDataset) -> None:
+    chosen = pick_samples(val, 5)
+    changed = [bool((val[i][2] == 1).any()) for i in chosen]
+    assert sum(changed) == 4
+    assert chosen == sorted(set(chosen)) == pick_samples(val, 5)
+    assert len(pick_samples(val, 10)) == 10  # 8 of 10 are all that change
+
+
+def test_errors_are_coloured_by_hand() -> None:
+    truth = np.array([[1, 0, 1, 0, 255, 2]])
+    predicted = np.array([[1, 1, 0, 0, 1, 1]])
+    expected = [HIT, FALSE_ALARM, MISS, (0, 0, 0), tuple(IGNORED), MISS]
+    assert [tuple(c) for c in color_errors(truth, predicted)[0]] == expected
+
+
+def test_classes_have_colours_of_their_own() -> None:
+    painted = color_classes(np.arange(9)[None])
+    assert len({tuple(c) for c in painted[0]}) == 9
+    assert tuple(color_classes(np.array([[255]]))[0, 0]) == tuple(IGNORED)
+
+
+def test_sizes_may_differ_from_row_to_row() -> None:
+    samples = [
+        (torch.zeros(3, n, n + 4, dtype=torch.uint8),) * 2 + (torch.zeros(n, n + 4),)
+        for n in (8, 20)
+    ]
+    figure = prediction_grid(samples, [s[2] for s in samples], title="t")
+    assert "no change, 0 px claimed" in figure.axes[4].get_title()
+
+
+def test_a_picture_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(b"old")
+    broken = Figure()
+    broken.savefig = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        save_figure(broken, path)
+    assert path.read_bytes() == b"old"

@@ -9,9 +9,10 @@ A sample is a function of (seed, epoch, index): the number of workers, the order
 change nothing.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,19 +40,30 @@ Stamp = tuple[tuple[int, int], ...]
 
 
 class FileSource:
-    """Reads windows of pairs from their files, keeping the last two decoded pairs.
+    """Reads windows of pairs from their files, keeping the last decoded pairs in memory.
 
-    Sixteen patches of one LEVIR-CD image then decode it once, as long as they come in order.
+    Args:
+        pairs: the files.
+        coding: of the labels.
+        keep_bytes: how much each process keeps; the last pair always stays, so that sixteen patches
+            of one LEVIR-CD image decode it once as long as they come in order.
     """
 
-    def __init__(self, pairs: Sequence[Pair], coding: MaskCoding) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], coding: MaskCoding, *, keep_bytes: int = 2**28
+    ) -> None:
         self.pairs = tuple(pairs)
         self.coding = coding
+        self.keep_bytes = keep_bytes
         self.stamps = [_stamp(pair) for pair in pairs]
         self.sizes = [read_size(pair.label) for pair in pairs]
+        self._kept: dict[int, Arrays] = {}  # the one used last stands last
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # pixels do not travel to workers
 
     def read(self, number: int, top: int, left: int, side: int) -> Arrays:
         """Return a window of a pair: (h, w, 3), (h, w, 3) and class indices (h, w), all uint8.
@@ -59,15 +71,24 @@ class FileSource:
         The window is cut where the image ends, so h and w may be less than `side`.
         """
         window = np.s_[top : top + side, left : left + side]
+        before, after, mask = self._pair(number)
+        return before[window], after[window], mask[window]
+
+    def _pair(self, number: int) -> Arrays:
         pair = self.pairs[number]
         if _stamp(pair) != self.stamps[number]:
             raise UserError(
                 f"{pair.name}: a file of this pair ({pair.label}) changed during the run"
             )
-        before, after, mask = _decode(pair, self.coding, self.stamps[number])
-        if mask.shape != self.sizes[number]:
+        arrays = self._kept.pop(number, None) or _decode(pair, self.coding)
+        if arrays[2].shape != self.sizes[number]:
             raise UserError(f"{pair.label}: its pixels and its header disagree on its size")
-        return before[window], after[window], mask[window]
+        self._kept[number] = arrays
+        size = sum(array.nbytes for kept in self._kept.values() for array in kept)
+        while size > self.keep_bytes and len(self._kept) > 1:
+            oldest = self._kept.pop(next(iter(self._kept)))
+            size -= sum(array.nbytes for array in oldest)
+        return arrays
 
 
 def _stamp(pair: Pair) -> Stamp:
@@ -79,9 +100,7 @@ def _stamp(pair: Pair) -> Stamp:
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
-@lru_cache(maxsize=2)
-def _decode(pair: Pair, coding: MaskCoding, stamp: Stamp) -> Arrays:  # noqa: ARG001
-    """Decode a pair; `stamp` is a part of the cache's key, so that no older pixels are returned."""
+def _decode(pair: Pair, coding: MaskCoding) -> Arrays:
     mask = coding.decode(read_label(pair.label), pair.label)
     before, after = read_image(pair.before), read_image(pair.after)
     for path, image in ((pair.before, before), (pair.after, after)):
@@ -213,9 +232,16 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
     )
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Let workers live through Ctrl-C, which a terminal sends to all, until the run has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_dataset(

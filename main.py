@@ -23,6 +23,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "weights": "none",
     "backbone": "resnet18",
     "crop_size": 128,
+    "batch_size": 4,
     "lr": 2e-3,
 }
 
@@ -250,9 +251,13 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     def draw(drawn: torch.nn.Module, epoch: int, change_iou: float) -> None:
         title = f"epoch {epoch}: change IoU {change_iou:.3f} on val"
         title = f"{SAMPLE_LABEL}, {title}" if is_sample else title
-        figure = plot_predictions(drawn, val_set, device, path=PICTURE, title=title)
-        save_figure(figure, run_dir / PICTURE.name)
+        figure = plot_predictions(drawn, val_set, device, path=None, title=title)
         tracker.log_figure("validation_predictions", figure, epoch)
+        for path in (run_dir / PICTURE.name, PICTURE):
+            try:
+                save_figure(figure, path)
+            except OSError as error:  # a picture is no reason to lose a run
+                print(f"warning: {path}: not drawn ({error.strerror})")
 
     # ---- train
     with StopRequest() as stop, tracker:
@@ -347,8 +352,12 @@ def choose_data(config: Config) -> tuple[Path, bool]:
         return folder, (folder / MARKER).is_file()
     data, is_binary = ROOT / "data", config.num_classes != 3
     folder = data / ("sample" if is_binary else "sample-3-classes")
-    ours = {"README.md", "cache", "sample", "sample-3-classes"}
-    if any(p.name not in ours and not p.name.startswith(".") for p in data.glob("*")):
+    if any(
+        path.name not in ("README.md", "cache", folder.name)
+        and not path.name.startswith(".")
+        and not (path / MARKER).is_file()
+        for path in data.glob("*")
+    ):
         return data, False
     print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
     return make_sample_set(folder, num_classes=1 if is_binary else 3), True

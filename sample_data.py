@@ -35,7 +35,7 @@ from PIL import Image
 
 from errors import UserError
 
-SPLITS = {"train": 44, "val": 16, "test": 16}
+SPLITS = {"train": 44, "val": 20, "test": 20}
 VERSION = 3  # of the drawing: raise it when the same seed gives other pixels
 MARKER = "sample.json"
 NOTE = "Synthetic pictures drawn by sample_data.py; nothing here is a photograph of a real place."
@@ -299,12 +299,13 @@ def plan(draw: Draw, n: int) -> Scene:
     detail += 0.5 * draw.grain(n) + furrows(draw, n)
     detail *= draw.uniform(0.45, 1.1)
     wobble = draw.noise(n, 23) + draw.noise(n, 9) + 0.5 * draw.noise(n, 4)
-    dates = plan_date(draw, 0.0), plan_date(draw, 1.2)
+    first = plan_date(draw, 0.0)
+    dates = first, halfway(first, plan_date(draw, 1.2))
     changed, taken = draw.chance(0.85), np.zeros((n, n), bool)
     greys = SOIL, FENCE, TWIG, CONCRETE, SAND  # no two regions have the same soil
     dry, green, soil = (mix(c, draw.pick(greys), draw.uniform(0, 0.5)) for c in (DRY, GREEN, SOIL))
     scene = Scene(n, draw, changed, dates, (dry, green, soil), cover, detail, wobble, taken)
-    kind = draw.pick((*["suburb"] * 6, "farms", "halls"))
+    kind = draw.pick((*["suburb"] * 6, "farms", "halls", "halls"))
     plan_extras(scene)
     if kind == "suburb":
         plan_suburb(scene)
@@ -335,6 +336,18 @@ def plan_date(draw: Draw, shift: float) -> Date:
         noise=draw.uniform(0.004, 0.022),
         shift=(draw.uniform(-shift, shift), draw.uniform(-shift, shift)),
     )
+
+
+def halfway(first: Date, other: Date) -> Date:
+    """Between two dates: light and season of a place differ less than those of two places do."""
+    (a, b), (c, d) = first.sun, other.sun
+    x, y = a + c, b + d
+    length = math.sqrt(x * x + y * y)
+    between = {
+        name: (getattr(first, name) + getattr(other, name)) / 2
+        for name in ("green", "climb", "ambient", "gain", "haze", "contrast", "saturation")
+    }
+    return replace(other, sun=(x / length, y / length), **between)
 
 
 def furrows(draw: Draw, n: int) -> Map:
@@ -570,7 +583,7 @@ def plan_country(scene: Scene, halls: bool) -> None:
     for spot in walk(road.points, draw.uniform(35, 90), 10):
         if draw.chance(0.35):
             continue
-        new, gone = scene.changed and draw.chance(0.5), scene.changed and draw.chance(0.1)
+        new, gone = scene.changed and draw.chance(0.7), scene.changed and draw.chance(0.1)
         seen, big = (not new, new or not gone), halls and draw.chance(0.8)
         size = draw.uniform(22, 48) if big else draw.uniform(9, 20)
         offset = road.half_width + size + draw.uniform(8, 30 if halls else 90)

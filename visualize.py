@@ -180,8 +180,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Save as PNG so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    try:
+        figure.savefig(beside, format="png")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -316,15 +316,17 @@ def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Pa
 def test_r3_a_real_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, tree: Path, tmp_path: Path
 ) -> None:
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in options(tree).items()
+    given = options(tree, workers=1)
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
              if key != "mlflow"]  # fmt: skip
     command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",
                "--output-dir", str(tmp_path / "runs"), "--name", "a"]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)  # fmt: skip
     assert run.stdout is not None
     for line in run.stdout:
         if line.startswith("epoch   2"):
-            os.kill(run.pid, number)
+            os.killpg(run.pid, number)  # as a terminal does: the workers get it too
             break
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number

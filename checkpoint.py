@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise UserError(
             f"{path}: format {state['format']} is newer than this code's {FORMAT}; "
-            f"it was written by {state.get('versions', {}).get('repository', 'a later version')}"
+            f"it was written by {state.get('versions') or 'a later version'}"
         )
     return state
 
@@ -111,9 +111,11 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], source: str | Pa
         UserError: an entry is missing or does not fit.
     """
     for name, part in parts.items():
+        if name == "scaler" and not state.get(name):
+            continue  # of a run that was not in float16
         try:
             part.load_state_dict(state[name])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{source}: its {name} does not fit this run ({reason})") from None
 
@@ -126,7 +128,7 @@ def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:
     """
     try:
         model = build_model(**state["model_kwargs"])
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: its model cannot be built ({error})") from None
     restore({"model": model}, state, source)
     return model

@@ -29,6 +29,7 @@ def option(
     choices: Sequence[str] | None = None,
     above: float | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     multiple_of: int | None = None,
     resumable: bool = False,
     bare: str | None = None,
@@ -43,6 +44,7 @@ def option(
         choices: the only values allowed.
         above: numbers must be greater than this.
         at_least: numbers must not be smaller than this.
+        at_most: numbers must not be greater than this.
         multiple_of: numbers must be divisible by this.
         resumable: may differ from the checkpoint's when a run is resumed.
         bare: the value when the flag stands without one (`--resume` is `--resume auto`).
@@ -54,6 +56,7 @@ def option(
         "choices": choices,
         "above": above,
         "at_least": at_least,
+        "at_most": at_most,
         "multiple_of": multiple_of,
         "resumable": resumable,
         "bare": bare,
@@ -106,6 +109,8 @@ def validate(config: Any) -> None:
             raise UserError(f"{flag} {value}: give a number above {rule['above']}")
         if rule["at_least"] is not None and value < rule["at_least"]:
             raise UserError(f"{flag} {value}: give a number of at least {rule['at_least']}")
+        if rule["at_most"] is not None and value > rule["at_most"]:
+            raise UserError(f"{flag} {value}: give a number of at most {rule['at_most']}")
         if rule["multiple_of"] is not None and value % rule["multiple_of"]:
             raise UserError(f"{flag} {value}: give a multiple of {rule['multiple_of']}")
 
@@ -125,6 +130,7 @@ def from_dict(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     Raises:
         UserError: an unknown name, a wrong type or a value out of bounds.
     """
+    hints = typing.get_type_hints(config_class)
     kinds = {f.name: kind for f, kind in _fields(config_class)}
     read: dict[str, Any] = {}
     for name, value in values.items():
@@ -133,7 +139,8 @@ def from_dict(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         kind = typing.get_origin(kinds[name]) or kinds[name]
         read[name] = tuple(value) if kind is tuple and isinstance(value, list) else value
         allowed = (float, int) if kind is float else kind
-        if value is not None and not isinstance(read[name], allowed):
+        may_be_none = value is None and type(None) in typing.get_args(hints[name])
+        if not may_be_none and not isinstance(read[name], allowed):
             raise UserError(f"config: {name} is {value!r}, expected {kind.__name__}")
     config = config_class(**read)
     validate(config)

@@ -206,15 +206,28 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 class PairLoader(DataLoader[Sample]):
-    """A `DataLoader` whose workers' `UserError`s arrive as they were raised."""
+    """A `DataLoader` whose workers' `UserError`s arrive as they were raised, and which can end."""
 
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         try:
             yield from super().__iter__()
         except UserError as error:
+            self.close()
             # torch raises the worker's traceback as the message; its end is the original one
             message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
             raise UserError(message.rstrip()) from None
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers: as they ignore SIGTERM, the interpreter would wait for them forever."""
+        iterator: Any = self._iterator
+        self._iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
 
 
 def make_loader(

@@ -1,7 +1,7 @@
 """One epoch of training, one pass of evaluation: move, forward, backward, maybe update, remember.
 
-One path for float32, bfloat16 and float16. On a GPU no step waits for the device: there a step that
-is not finite is skipped, and only every `CHECK_EVERY` updates somebody looks whether one was.
+One path for float32, bfloat16 and float16. On a GPU no step waits for the device, but for float16's
+scale: a step that is not finite is skipped there, and every `CHECK_EVERY` updates looked for.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,6 +64,9 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken."""
+        for name in ("epoch", "batch"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"{name} is {state[name]!r}")
         self.start(state["epoch"])
         self.batch = state["batch"]
         self.loss_sum.copy_(state["loss_sum"])
@@ -143,9 +146,9 @@ def train_one_epoch(
             _update(optimizer, scheduler, scaler, clip_norm, progress)
             num_updates = -(-progress.batch // accumulate)
             if device.type == "cpu" or num_updates % CHECK_EVERY == 0:
-                _check_finite(progress)
+                check_finite(progress)
             after_update(progress)
-    _check_finite(progress)
+    check_finite(progress)
     return progress.summary()
 
 
@@ -166,6 +169,8 @@ def _update(
         scaler.update()
         if scaler.get_scale() >= scale:  # a lower scale means that an overflow was skipped
             scheduler.step()
+        elif scaler.get_scale() < 1:  # no scale helps: the gradients themselves are not finite
+            progress.num_bad += 1
     else:
         # What GradScaler does for float16: a fused optimizer skips the step by itself, on its
         # device, where `found_inf` is 1.
@@ -177,7 +182,8 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _check_finite(progress: Progress) -> None:
+def check_finite(progress: Progress) -> None:
+    """Raise DivergedError if a step of this epoch was not finite."""
     if progress.num_bad > 0 or not torch.isfinite(progress.loss_sum):
         raise DivergedError(
             f"epoch {progress.epoch + 1}, about batch {progress.batch}: the loss or its gradient "

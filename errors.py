@@ -80,6 +80,11 @@ def run_script(script: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

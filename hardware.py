@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -58,6 +60,21 @@ def default_workers() -> int:
     """Return the number of loader processes: one less than the usable cores, at most 8."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(8, (usable or 1) - 1))
+
+
+@contextmanager
+def explain_out_of_memory(batch_size: int, crop_size: int) -> Iterator[None]:
+    """Turn an exhausted device or machine into one line with what to try."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
+        is_cpu = "can't allocate memory" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
+            raise
+        raise UserError(
+            f"out of memory with --batch-size {batch_size} and --crop-size {crop_size}; try "
+            f"--batch-size {max(1, batch_size // 2)} --accumulate 2, or a smaller --crop-size"
+        ) from None
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py 
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "backbone": "resnet18",
     "crop_size": 128,
     "batch_size": 4,
+    "freeze_backbone": False,
     "lr": 2e-3,
 }
 
@@ -35,7 +37,7 @@ class Config:
     # fmt: off
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
-    num_classes: int = option(1, "1 = change or not; 3 = none, road, building; K", at_least=1)
+    num_classes: int = option(1, "1 = change; 3 = none, road, building; K", at_least=1, at_most=255)
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
     crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
 
@@ -57,7 +59,7 @@ class Config:
     warmup_epochs: float = option(1.0, "epochs of linear warm-up before the cosine", at_least=0)
     clip_grad: float = option(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
     accumulate: int = option(1, "batches per update", above=0)
-    seed: int = option(0, "of weights, order, crops and augmentation", at_least=0)
+    seed: int = option(0, "of weights, order and augmentation", at_least=0, at_most=2**63 - 1)
 
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", resumable=True)
@@ -91,14 +93,22 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     from checkpoint import load_model, restore, save_checkpoint, versions
     from data_check import check
     from dataset import ChangeDataset, FileSource, make_loader
-    from engine import Precision, Progress, evaluate, train_one_epoch
-    from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
+    from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
+    from hardware import (
+        default_workers,
+        describe,
+        explain_out_of_memory,
+        keep_freed_memory,
+        pick_device,
+        pick_precision,
+    )
     from layouts import find_pairs
     from losses import build_loss
-    from model import build_model, count_parameters
+    from model import build_model, check_names, count_parameters
     from optimizer import build_optimizer, warmup_cosine
-    from pretrained import load_weights
-    from run_folder import find_checkpoint, new_run_folder, write_json
+    from pretrained import check_source, load_weights
+    from run_folder import check_name, find_checkpoint, new_run_folder, write_json
+    from sample_data import MARKER
     from tracking import Tracker
     from transforms import Augment
     from visualize import plot_predictions, save_figure
@@ -112,16 +122,21 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         config, run_dir = replace(saved, **given), path.parent
         if changed := cli.differences(saved, config):
             raise UserError(f"{path}: a resumed run keeps its options; {'; '.join(changed)}")
+    check_names(config.backbone, config.fusion)
+    if not state:
+        check_source(config.weights)
+        check_name(config.name)
     device = pick_device(config.device)
     amp = pick_precision(config.amp, device)
     workers = default_workers() if config.workers is None else config.workers
     keep_freed_memory()
 
     # ---- data
-    data_dir, is_sample = choose_data(config)
+    data_dir = choose_data(config)
+    layout = find_pairs(data_dir)
+    is_sample = (layout.root / MARKER).is_file()
     if is_sample and not state:
         config = without_missing_weights(config, given)
-    layout = find_pairs(data_dir)
     data = check(
         layout,
         num_classes=config.num_classes,
@@ -157,6 +172,8 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     )
 
     # ---- model, loss, optimizer
+    if min(config.batch_size, len(train_set)) == 1 and config.crop_size == 32:
+        raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
     torch.manual_seed(config.seed)
     architecture: dict[str, Any] = {
         "backbone": config.backbone,
@@ -232,7 +249,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         store=ROOT,
         use_mlflow=config.mlflow,
         first_step=progress.epoch + 1 if state else 0,
-        mlflow_run_id=state["mlflow_run_id"] if state else None,
+        mlflow_run_id=state.get("mlflow_run_id") if state else None,
     )
 
     def save(file: str, kept: dict[str, Any]) -> None:
@@ -242,6 +259,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
 
     def leave_if_asked() -> None:
         if stop.signal_number:
+            check_finite(progress)
             save("last.pt", parts)
             raise Interrupted(
                 f"saved {run_dir / 'last.pt'}\ngo on with: python main.py --resume '{run_dir}'",
@@ -260,7 +278,13 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 print(f"warning: {path}: not drawn ({error.strerror})")
 
     # ---- train
-    with StopRequest() as stop, tracker:
+    with (
+        StopRequest() as stop,
+        tracker,
+        closing(train_loader),
+        closing(val_loader),
+        explain_out_of_memory(config.batch_size, config.crop_size),
+    ):
         tracker.log_datasets(
             "sample" if is_sample else data_dir.name,
             digest=data.fingerprint,
@@ -340,16 +364,12 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     return best
 
 
-def choose_data(config: Config) -> tuple[Path, bool]:
-    """Return the dataset's folder, and whether it is the generated sample set.
-
-    The sample set is made where no folder is named and data/ holds nothing else.
-    """
+def choose_data(config: Config) -> Path:
+    """Return the dataset's folder; the sample set is made where none is named or in data/."""
     from sample_data import MARKER, make_sample_set
 
     if config.data_dir:
-        folder = Path(config.data_dir)
-        return folder, (folder / MARKER).is_file()
+        return Path(config.data_dir)
     data, is_binary = ROOT / "data", config.num_classes != 3
     folder = data / ("sample" if is_binary else "sample-3-classes")
     if any(
@@ -358,16 +378,16 @@ def choose_data(config: Config) -> tuple[Path, bool]:
         and not (path / MARKER).is_file()
         for path in data.glob("*")
     ):
-        return data, False
+        return data
     print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
-    return make_sample_set(folder, num_classes=1 if is_binary else 3), True
+    return make_sample_set(folder, num_classes=1 if is_binary else 3)
 
 
 def without_missing_weights(config: Config, given: dict[str, Any]) -> Config:
     """Let the sample run, and it alone, go on without ImageNet weights that cannot be had."""
     from pretrained import WeightsUnavailableError, download, imagenet_url
 
-    if config.weights != "imagenet":
+    if config.weights != "imagenet" or "weights" in given:
         return config
     try:
         download(imagenet_url(config.backbone))

@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from errors import UserError
 
 # Width of the fused map and of the decoder at each stride. Wider costs most where the maps are
-# large: doubling all of them halves the training speed on a CPU (benchmarks/README.md).
+# large: doubling all of them halves the training speed on a CPU, halving them gains a fifth.
 WIDTHS = {2: 32, 4: 64, 8: 128, 16: 256, 32: 256}
 
 
@@ -198,14 +198,19 @@ def build_model(
     Raises:
         UserError: an unknown name.
     """
-    for kind, name, known in (("backbone", backbone, ENCODERS), ("fusion", fusion, FUSIONS)):
-        if name not in known:
-            raise UserError(f"--{kind} {name}: choose one of {', '.join(known)}")
+    check_names(backbone, fusion)
     model = SiameseUNet(ENCODERS[backbone](backbone), FUSIONS[fusion], num_classes)
     _initialize(model)
     if freeze_backbone:
         model.encoder.freeze()
     return model.to(memory_format=torch.channels_last)
+
+
+def check_names(backbone: str, fusion: str) -> None:
+    """Raise UserError, with the known names, for a backbone or fusion that there is not."""
+    for kind, name, known in (("backbone", backbone, ENCODERS), ("fusion", fusion, FUSIONS)):
+        if name not in known:
+            raise UserError(f"--{kind} {name}: choose one of {', '.join(known)}")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

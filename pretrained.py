@@ -54,6 +54,12 @@ def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
     return source
 
 
+def check_source(source: str) -> None:
+    """Raise UserError if `source` is neither "imagenet" nor "none" nor a file."""
+    if source not in ("imagenet", "none") and not Path(source).is_file():
+        raise UserError(f"--weights {source}: no such file; {REMEDIES}")
+
+
 def imagenet_url(backbone: str) -> str:
     """Return where torchvision's best ImageNet weights of a backbone are: IMAGENET1K_V2 if any.
 
@@ -100,8 +106,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: missing, unreadable, or something else than a dictionary of tensors.
     """
-    if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; {REMEDIES}")
+    check_source(str(path))
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

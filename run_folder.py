@@ -23,8 +23,7 @@ def new_run_folder(output_dir: Path, name: str) -> Path:
     Raises:
         UserError: the name leaves the folder, or nothing can be written there.
     """
-    if Path(name).name != name or name in (".", ".."):
-        raise UserError(f"--name {name}: give a plain name, without a path")
+    check_name(name)
     for number in itertools.count(1):
         folder = output_dir / (name if number == 1 else f"{name}-{number}")
         try:
@@ -37,6 +36,12 @@ def new_run_folder(output_dir: Path, name: str) -> Path:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); --output-dir") from None
         return folder
     raise AssertionError("unreachable")
+
+
+def check_name(name: str | None) -> None:
+    """Raise UserError for a name that would leave the folder of the runs."""
+    if name is not None and (Path(name).name != name or name in (".", "..")):
+        raise UserError(f"--name {name}: give a plain name, without a path")
 
 
 def find_checkpoint(resume: str, output_dir: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
@@ -76,8 +81,27 @@ def find_checkpoint(resume: str, output_dir: Path, name: str | None) -> tuple[Pa
             raise UserError(f"{candidate}: holds weights only; resume from last.pt beside it")
         if faults:
             print(f"{faults[0]}; resuming from {candidate.name}")
+            # out of the way, so that it is not kept as the checkpoint before the next one
+            candidates[0].replace(candidates[0].with_suffix(".damaged"))
+        _check_entries(candidate, state)
         return candidate, state
     raise UserError("; ".join(faults))
+
+
+def _check_entries(path: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that a run cannot go on from, before anything is built."""
+    best = state.get("best")
+    if not (
+        isinstance(state.get("weights"), str)
+        and isinstance(best, dict)
+        and isinstance(best.get("change_iou"), float)
+        and isinstance(best.get("epoch"), int)
+        and isinstance(state["data"].get("fingerprint"), str)
+        and isinstance(state.get("progress"), dict)
+    ):
+        raise UserError(f"{path}: lacks entries of a run; resume from a last.pt of ours")
+    if best["epoch"] > 0 and not (path.parent / "best.pt").is_file():
+        raise UserError(f"{path}: its best.pt is not beside it; copy the whole folder of the run")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@
 Figures are built without pyplot, so nothing here needs a display or leaves global state behind.
 """
 
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -33,6 +34,15 @@ PALETTE = np.array(
 IGNORED = np.array([96, 96, 96], dtype=np.uint8)
 HIT, FALSE_ALARM, MISS = (255, 255, 255), (230, 40, 40), (60, 130, 255)
 LEGEND = {"hit": HIT, "false alarm": FALSE_ALARM, "miss": MISS, "no change, rightly": (0, 0, 0)}
+
+
+class Picture(Figure):
+    """A figure that notebooks show by themselves, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
 
 
 def plot_predictions(
@@ -108,7 +118,7 @@ def prediction_grid(
     columns = ("before", "after", "truth", "prediction", "errors")
     rows, side = len(samples), 2.1
     height = rows * (side + 0.18) + 1.0
-    figure = Figure(figsize=(len(columns) * side + 0.4, height), dpi=100)
+    figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
@@ -160,20 +170,6 @@ def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> 
     painted[(truth > 0) & (predicted != truth)] = MISS
     painted[truth == IGNORE] = IGNORED
     return painted
-
-
-def pr_curve_figure(precision: Tensor, recall: Tensor, *, title: str) -> Figure:
-    """Draw precision over recall, each (num_thresholds,), with the point of threshold 0.5."""
-    figure = Figure(figsize=(4.5, 4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.plot(recall, precision, color="#0072B2")
-    middle = len(precision) // 2
-    axis.plot(recall[middle], precision[middle], "o", color="#D55E00", label="threshold 0.5")
-    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02), title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower left")
-    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -176,6 +176,77 @@ def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "a").exists()
 
 
+def test_r10_precision_may_change(tree: Path) -> None:
+    train(options(tree, epochs=1))
+    train({"resume": "auto", "epochs": 2, "amp": "bf16"})
+    train({"resume": "auto", "epochs": 3, "amp": "fp16"})
+
+
+def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Path) -> None:
+    train(options(tree, epochs=1, name="a"))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "config.json").write_text("mine")
+    lone = (tmp_path / "runs" / "a" / "last.pt").rename(tmp_path / "downloads" / "last.pt")
+    with pytest.raises(UserError, match=r"best\.pt is not beside it"):
+        train({"resume": str(lone), "epochs": 2})
+    assert (tmp_path / "downloads" / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": None},
+        {"best": {}},
+        {"data": {}},
+        {"progress": {"epoch": "x", "batch": 0}},
+        {"progress": {"epoch": 1, "batch": -3}},
+        {"config": {"epochs": None}},
+    ],
+)
+def test_c4_a_checkpoint_with_wrong_entries_is_refused(
+    change: dict[str, Any], tree: Path, tmp_path: Path
+) -> None:
+    train(options(tree, epochs=1, name="a"))
+    path = tmp_path / "runs" / "a" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for key, value in change.items():
+        if isinstance(value, dict) and value:
+            state[key].update(value)
+        else:
+            state[key] = value
+    torch.save(state, path)
+    with pytest.raises(UserError):
+        train({"resume": str(path), "epochs": 2})
+
+
+def test_r7_out_of_memory_says_what_to_try(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("engine.train_one_epoch", no_room)
+    with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
+        train(options(tree))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"backbone": "resnet5"}, "--backbone resnet5: choose one of"),
+        ({"weights": "/nowhere.pth"}, "--weights /nowhere.pth: no such file"),
+        ({"name": "a/b"}, "--name a/b"),
+        ({"batch_size": 1}, "BatchNorm needs more"),
+    ],
+)
+def test_r16_mistakes_are_found_before_any_work(
+    given: dict[str, Any], says: str, tree: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        train(options(tree, **given))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_r9_a_run_is_never_overwritten(tree: Path, tmp_path: Path) -> None:
     for _ in range(2):
         train(options(tree, epochs=1, name="a"))
@@ -264,16 +335,34 @@ def test_with_weights_the_encoder_is_frozen(
 
 def test_data_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_sample(monkeypatch)
-    folder, is_sample = main.choose_data(Config())
-    assert (folder, is_sample) == (tmp_path / "data" / "sample", True)
-    assert main.choose_data(Config(num_classes=3))[0] == tmp_path / "data" / "sample-3-classes"
-    assert main.choose_data(Config(data_dir=str(folder))) == (folder, True)
+    folder = main.choose_data(Config())
+    assert folder == tmp_path / "data" / "sample"
+    assert main.choose_data(Config(num_classes=3)) == tmp_path / "data" / "sample-3-classes"
     (tmp_path / "data" / "cache").mkdir()
     (tmp_path / "data" / "README.md").write_text("")
-    assert main.choose_data(Config())[1]
+    assert main.choose_data(Config()) == folder
     save_tree(tmp_path / "data", train=1, val=1)
-    assert main.choose_data(Config()) == (tmp_path / "data", False)
-    assert main.choose_data(Config(data_dir="/x")) == (Path("/x"), False)
+    assert main.choose_data(Config()) == tmp_path / "data"
+    assert main.choose_data(Config(data_dir="/x")) == Path("/x")
+
+
+def test_sample_data_is_called_so_however_it_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small_sample(monkeypatch)
+    main.choose_data(Config())
+    (tmp_path / "data" / "LEVIR-CD.zip").write_text("not unpacked yet")
+    train({**SMALL, "epochs": 1, "crop_size": 64})
+    assert "these are not LEVIR-CD results" in capsys.readouterr().out
+
+
+def test_weights_that_were_asked_for_are_not_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sample(monkeypatch)
+    monkeypatch.setattr(pretrained, "download", no_network)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        train({"weights": "imagenet", "workers": 0, "mlflow": False})
 
 
 def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) -> None:
@@ -311,6 +400,26 @@ def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Pa
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
+    tree: Path, tmp_path: Path
+) -> None:
+    given = options(tree, workers=1)
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
+             if key != "mlflow"]  # fmt: skip
+    command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",
+               "--output-dir", str(tmp_path / "runs")]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("epoch   1"):
+            (tree / "train" / "A" / "train_3.png").unlink()
+            break
+    _, errors = run.communicate(timeout=60)  # a process that waits for its workers hangs here
+    assert run.returncode == 2
+    assert "train_3.png: is gone" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from run_folder import find_checkpoint, new_run_folder, write_json
 def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> None:
     state = {"model": {"w": torch.full((9,), value)}, "model_kwargs": {}, "config": {}, "data": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {**state, "optimizer": {}} if resumable else state)
+    run = {
+        "optimizer": {},
+        "weights": "none",
+        "best": {"epoch": 0, "change_iou": -1.0},
+        "data": {"fingerprint": "x"},
+        "progress": {"epoch": 1, "batch": 0},
+    }
+    save_checkpoint(path, {**state, **run} if resumable else state)
     os.utime(path, (1_000_000 - age, 1_000_000 - age))
 
 
@@ -59,6 +66,8 @@ def test_c1_auto_passes_over_a_damaged_one(tmp_path: Path, capsys: pytest.Captur
     assert path.name == "last.previous.pt"
     assert state["model"]["w"][0] == 1
     assert "last.pt: not a readable checkpoint" in capsys.readouterr().out
+    assert (run / "last.damaged").read_bytes() == b"half"
+    (run / "last.pt").write_bytes(b"half")
     with pytest.raises(UserError, match="not a readable"):  # named by hand, it is an error
         find_checkpoint(str(run / "last.pt"), tmp_path, None)
 

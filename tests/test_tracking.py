@@ -29,6 +29,7 @@ CONFIG = {"lr": 1e-3, "epochs": 3, "amp": None, "mask_values": (0, 255), "encode
 
 # from Python 3.13 on: MLflow leaves connections of its cached store to the garbage collector
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .*noload.* loader strategy"),  # MLflow in SQLAlchemy 2.1
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
     pytest.mark.filterwarnings(
         "ignore:Exception ignored.*sqlite3:pytest.PytestUnraisableExceptionWarning"

@@ -59,7 +59,9 @@ class Confusion:
             self.matrix += torch.bmm(truth, claim.mT).sum(0).long()
 
     def scores(self) -> dict[str, float]:
-        """Return every score; 0 / 0 (a class that is neither there nor predicted) counts as 1.
+        """Return every score; 0 / 0 counts as 1 where a class is neither there nor predicted.
+
+        A precision without claims is 0 if something was missed, a recall without change likewise.
 
         Change-class scores first. With K > 2, "change" is every class but 0.
         """
@@ -74,8 +76,8 @@ class Confusion:
         return {
             "change_iou": _ratio(hit, hit + false_alarm + missed),
             "change_dice": _ratio(2 * hit, 2 * hit + false_alarm + missed),
-            "change_precision": _ratio(hit, hit + false_alarm),
-            "change_recall": _ratio(hit, hit + missed),
+            "change_precision": _ratio(hit, hit + false_alarm, otherwise=float(not missed)),
+            "change_recall": _ratio(hit, hit + missed, otherwise=float(not false_alarm)),
             "mean_dice": _mean(_dice(matrix)),
             "mean_iou": _mean(_iou(matrix)),
             "accuracy": _ratio(matrix.diag().sum().item(), matrix.sum().item()),
@@ -116,8 +118,8 @@ class ScoreHistogram:
         return precision, claimed[1] / claimed[1, :1].clamp(min=1)
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+def _ratio(part: float, whole: float, otherwise: float = 1.0) -> float:
+    return part / whole if whole else otherwise
 
 
 def _dice(matrix: Tensor) -> list[float]:

@@ -77,6 +77,11 @@ def test_no_change_anywhere_is_defined() -> None:
     assert all(score == 1 for score in silent.scores().values())
     assert alarmed.scores()["change_iou"] == 0
     assert alarmed.scores()["change_precision"] == 0
+    assert alarmed.scores()["change_recall"] == 0
+    mute = Confusion(1)
+    mute.add(zeros, zeros + 1)
+    assert mute.scores()["change_precision"] == 0
+    assert mute.scores()["change_recall"] == 0
     assert Confusion(1).scores()["change_iou"] == 1  # nothing seen
 
 

@@ -29,7 +29,7 @@ GREY = RGB[..., 0]
 
 
 def palette_image(indices: np.ndarray, colors: list[int]) -> Image.Image:
-    image = Image.fromarray(indices, "L")
+    image = Image.fromarray(indices)
     image.putpalette(colors)
     return image
 

@@ -167,9 +167,10 @@ def _update(
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        if scaler.get_scale() >= scale:  # a lower scale means that an overflow was skipped
+        rescaled = scaler.get_scale()
+        if rescaled >= scale:  # a lower scale means that an overflow was skipped
             scheduler.step()
-        elif scaler.get_scale() < 1:  # no scale helps: the gradients themselves are not finite
+        elif rescaled < 1:  # no scale helps: the gradients themselves are not finite
             progress.num_bad += 1
     else:
         # What GradScaler does for float16: a fused optimizer skips the step by itself, on its

@@ -10,12 +10,16 @@ Every division rounds up, so any H and W will do, even 1 x 1.
 U-Net, arXiv:1505.04597; FC-Siam-conc, doi:10.1109/ICIP.2018.8451652.
 """
 
+import copy
 import math
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -28,6 +32,10 @@ WIDTHS = {2: 32, 4: 64, 8: 128, 16: 256, 32: 256}
 
 class Encoder(nn.Module):
     """A backbone that yields one map per stride, shallow to deep.
+
+    Frozen, it computes with a copy whose BatchNorms are folded into the convolutions and whose
+    weights are in autocast's dtype. The copy follows every change of the weights and is in no state
+    dict: what is saved and loaded is the backbone, in float32 and under torchvision's names.
 
     Attributes:
         channels: C_s of each map.
@@ -49,6 +57,7 @@ class Encoder(nn.Module):
         # ImageNet's, as every torchvision backbone was trained with
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), False)
+        self._folded: tuple[Any, nn.Module] | None = None  # in a tuple: not one of the submodules
 
     def freeze(self) -> None:
         """Stop the weights from learning and BatchNorm's statistics from moving."""
@@ -62,13 +71,33 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Turn (N, 3, H, W) float in [0, 1] into one (N, C_s, H/s, W/s) map per stride."""
-        if self.frozen:
-            with torch.no_grad():
-                return self._features(image)
-        return self._features(image)
+        image = (image - self.mean) / self.std
+        if not self.frozen:
+            return list(self.backbone(image).values())
+        with torch.no_grad():
+            if torch.compiler.is_compiling():  # compilers fold by themselves, and export names
+                return list(self.backbone(image).values())
+            device = image.device.type
+            is_autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if is_autocast else image.dtype
+            return list(self._fold(dtype)(image.to(dtype)).values())
 
-    def _features(self, image: Tensor) -> list[Tensor]:
-        return list(self.backbone((image - self.mean) / self.std).values())
+    def _fold(self, dtype: torch.dtype) -> nn.Module:
+        """Return the folded backbone, made anew when a weight is another one or was written to."""
+        tensors = chain(self.backbone.parameters(), self.backbone.buffers())
+        key = (dtype, [(id(t), 0 if t.is_inference() else t._version) for t in tensors])
+        if self._folded is None or self._folded[0] != key:
+            self._folded = None  # before the new one: memory for one copy, not two
+            twin = copy.deepcopy(self.backbone).eval()
+            self._folded = (key, fuse(twin, inplace=True, no_trace=True).to(dtype))
+        return self._folded[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+        self._folded = None  # `to` swaps the data of a parameter without counting it as written
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
 
 
 def _resnet(name: str) -> Encoder:

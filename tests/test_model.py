@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from losses import CombinedIoULoss
-from model import ENCODERS, FUSIONS, WIDTHS, SiameseUNet, build_model
+from model import ENCODERS, FUSIONS, WIDTHS, Encoder, SiameseUNet, build_model
 
 
 def pair(*size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,15 +98,66 @@ def test_bytes_and_floats_are_the_same_image(small: SiameseUNet) -> None:
 def test_normalisation_is_that_of_torchvision(small: SiameseUNet) -> None:
     from torchvision.transforms.v2.functional import normalize
 
-    seen: list[Tensor] = []
-    hook = small.encoder.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    before, after = pair(1, 3, 32, 32)
+    before, _ = pair(1, 3, 32, 32)
+    image = before.float() / 255
+    expected = normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():
-        small(before, after)
-    hook.remove()
-    both = torch.cat([before, after]).float() / 255
-    expected = normalize(both, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(seen[0], expected)
+        assert_same_maps(small.encoder(image), small.encoder.backbone(expected).values(), 1e-5)
+
+
+def assert_same_maps(ours: Iterable[Tensor], plain: Iterable[Tensor], tolerance: float) -> None:
+    """Compare by the error's root mean square, as a share of the map's."""
+    for our, reference in zip(ours, plain, strict=True):
+        error = (our.float() - reference).square().mean().sqrt()
+        assert error <= tolerance * reference.square().mean().sqrt()
+
+
+def trained_like_encoder() -> Encoder:
+    """A frozen encoder whose BatchNorms do something, as trained ones do."""
+    torch.manual_seed(0)
+    encoder = ENCODERS["resnet50"]("resnet50")
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.1)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
+    encoder.freeze()
+    return encoder
+
+
+def plain_features(encoder: Encoder, image: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(encoder.backbone((image - encoder.mean) / encoder.std).values())
+
+
+def test_folded_channels_last_and_half_precision_agree_with_the_plain_encoder() -> None:
+    encoder, image = trained_like_encoder(), torch.rand(2, 3, 64, 64)
+    plain = plain_features(encoder, image)
+    encoder.to(memory_format=torch.channels_last)
+    assert_same_maps(encoder(image.to(memory_format=torch.channels_last)), plain, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = encoder(image)
+    assert {m.dtype for m in maps} == {torch.bfloat16}
+    assert_same_maps(maps, plain, 0.03)  # bfloat16 has 8 bits: 0.4 % a rounding, 53 layers
+
+
+def test_the_folded_encoder_is_never_stale_and_never_saved() -> None:
+    encoder, image = trained_like_encoder(), torch.rand(1, 3, 32, 32)
+    names = list(encoder.state_dict())
+    encoder(image)
+    assert list(encoder.state_dict()) == names
+    assert_same_maps(copy.deepcopy(encoder)(image), plain_features(encoder, image), 1e-5)
+    with torch.no_grad():
+        encoder.backbone.get_parameter("conv1.weight").mul_(2)
+    assert_same_maps(encoder(image), plain_features(encoder, image), 1e-5)
+    encoder.backbone.load_state_dict({k: v / 2 for k, v in encoder.backbone.state_dict().items()})
+    assert_same_maps(encoder(image), plain_features(encoder, image), 1e-5)
+    encoder.double()
+    assert encoder(image.double())[0].dtype == torch.float64
+    with torch.inference_mode():
+        fresh = trained_like_encoder()
+        assert_same_maps(fresh(image), plain_features(fresh, image), 1e-5)
 
 
 def test_both_dates_share_the_encoder_and_one_pass_is_two(small: SiameseUNet) -> None:

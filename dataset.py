@@ -10,6 +10,7 @@ change nothing.
 """
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,96 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from errors import UserError
-from image_io import (
-    IGNORE,
-    MaskCoding,
-    choose_mask_coding,
-    label_values,
-    read_image,
-    read_label,
-    read_size,
-)
-from layouts import Pair, find_pairs
+from image_io import IGNORE, choose_mask_coding, label_values, read_label
+from layouts import find_pairs
+from sources import FileSource, Source
 from transforms import Augment
 
 Sample = tuple[Tensor, Tensor, Tensor]
-Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
-Stamp = tuple[tuple[int, int], ...]
-
-
-class FileSource:
-    """Reads windows of pairs from their files, keeping the last decoded pairs in memory.
-
-    Args:
-        pairs: the files.
-        coding: of the labels.
-        keep_bytes: how much each process keeps; the last pair always stays, so that sixteen patches
-            of one LEVIR-CD image decode it once as long as they come in order.
-    """
-
-    def __init__(
-        self, pairs: Sequence[Pair], coding: MaskCoding, *, keep_bytes: int = 2**28
-    ) -> None:
-        self.pairs = tuple(pairs)
-        self.coding = coding
-        self.keep_bytes = keep_bytes
-        self.stamps = [_stamp(pair) for pair in pairs]
-        self.sizes = [read_size(pair.label) for pair in pairs]
-        self._kept: dict[int, Arrays] = {}  # the one used last stands last
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}  # pixels do not travel to workers
-
-    def read(self, number: int, top: int, left: int, side: int) -> Arrays:
-        """Return a window of a pair: (h, w, 3), (h, w, 3) and class indices (h, w), all uint8.
-
-        The window is cut where the image ends, so h and w may be less than `side`.
-        """
-        window = np.s_[top : top + side, left : left + side]
-        before, after, mask = self._pair(number)
-        return before[window], after[window], mask[window]
-
-    def _pair(self, number: int) -> Arrays:
-        pair = self.pairs[number]
-        if _stamp(pair) != self.stamps[number]:
-            raise UserError(
-                f"{pair.name}: a file of this pair ({pair.label}) changed during the run"
-            )
-        arrays = self._kept.pop(number, None) or _decode(pair, self.coding)
-        if arrays[2].shape != self.sizes[number]:
-            raise UserError(f"{pair.label}: its pixels and its header disagree on its size")
-        self._kept[number] = arrays
-        size = sum(array.nbytes for kept in self._kept.values() for array in kept)
-        while size > self.keep_bytes and len(self._kept) > 1:
-            oldest = self._kept.pop(next(iter(self._kept)))
-            size -= sum(array.nbytes for array in oldest)
-        return arrays
-
-
-def _stamp(pair: Pair) -> Stamp:
-    """Tell whether the files of a pair are still the same: (bytes, time of change) of each."""
-    try:
-        stats = [path.stat() for path in (pair.before, pair.after, pair.label)]
-    except OSError as error:
-        raise UserError(f"{error.filename}: is gone ({error.strerror})") from None
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
-
-
-def _decode(pair: Pair, coding: MaskCoding) -> Arrays:
-    mask = coding.decode(read_label(pair.label), pair.label)
-    before, after = read_image(pair.before), read_image(pair.after)
-    for path, image in ((pair.before, before), (pair.after, after)):
-        if image.shape[:2] != mask.shape:
-            raise UserError(f"{path}: {image.shape[:2]} does not match its label's {mask.shape}")
-    return before, after, mask
 
 
 class ChangeDataset(Dataset[Sample]):
@@ -116,7 +37,7 @@ class ChangeDataset(Dataset[Sample]):
     `augment` all epochs are alike.
 
     Args:
-        source: the pairs, see `FileSource`.
+        source: the pairs, see `sources.py`.
         crop_size: side of a crop or patch, in pixels.
         augment: makes this a training set.
         seed: of crops and augmentation.
@@ -124,7 +45,7 @@ class ChangeDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        source: FileSource,
+        source: Source,
         *,
         crop_size: int = 256,
         augment: Augment | None = None,
@@ -156,14 +77,12 @@ class ChangeDataset(Dataset[Sample]):
         return self.augment(*self._window(number, top, left), rng)
 
     def _window(self, number: int, top: int, left: int) -> Sample:
-        before, after, mask = self.source.read(number, top, left, self.crop_size)
-        bottom, right = (self.crop_size - n for n in mask.shape)
-        images = [torch.from_numpy(x.transpose(2, 0, 1).copy()) for x in (before, after)]
-        classes = torch.from_numpy(mask.copy())
-        if bottom or right:
-            images = [F.pad(x, (0, right, 0, bottom)) for x in images]
-            classes = F.pad(classes, (0, right, 0, bottom), value=IGNORE)
-        return images[0], images[1], classes
+        planes = self.source.read(number, top, left, self.crop_size)
+        height, width = planes.shape[-2:]
+        right, bottom = self.crop_size - width, self.crop_size - height
+        images = F.pad(planes[:6], (0, right, 0, bottom))
+        mask = F.pad(planes[6], (0, right, 0, bottom), value=IGNORE)
+        return images[:3], images[3:], mask
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -206,11 +125,21 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 class PairLoader(DataLoader[Sample]):
-    """A `DataLoader` whose workers' `UserError`s arrive as they were raised, and which can end."""
+    """A `DataLoader` whose workers' `UserError`s arrive as they were raised, and which can end.
+
+    Attributes:
+        waited: seconds that its user waited for batches, in all.
+    """
+
+    waited = 0.0
 
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            asked = time.perf_counter()
+            for batch in super().__iter__():
+                self.waited += time.perf_counter() - asked
+                yield batch
+                asked = time.perf_counter()
         except UserError as error:
             self.close()
             # torch raises the worker's traceback as the message; its end is the original one

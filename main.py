@@ -65,6 +65,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", resumable=True)
     amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"), resumable=True)  # noqa: E501
     compile: bool = option(False, "compile the model; pays on a GPU", resumable=True)
+    cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"), resumable=True)  # noqa: E501
     workers: int | None = option(None, "loader processes", short="-j", at_least=0, resumable=True)
 
     # run
@@ -92,7 +93,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
 
     from checkpoint import load_model, restore, save_checkpoint, versions
     from data_check import check
-    from dataset import ChangeDataset, FileSource, make_loader
+    from dataset import ChangeDataset, make_loader
     from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
     from hardware import (
         default_workers,
@@ -109,6 +110,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     from pretrained import check_source, load_weights
     from run_folder import check_name, find_checkpoint, new_run_folder, write_json
     from sample_data import MARKER
+    from sources import open_source
     from tracking import Tracker
     from transforms import Augment
     from visualize import plot_predictions, save_figure
@@ -133,7 +135,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
 
     # ---- data
     data_dir = choose_data(config)
-    layout = find_pairs(data_dir)
+    layout, cache_dir = find_pairs(data_dir), ROOT / "data" / "cache"
     is_sample = (layout.root / MARKER).is_file()
     if is_sample and not state:
         config = without_missing_weights(config, given)
@@ -142,14 +144,14 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         num_classes=config.num_classes,
         mask_values=config.mask_values,
         crop_size=PATCH_SIZE,
-        memo=ROOT / "data" / "cache" / "checked.json",
+        memo=cache_dir / "checked.json",
     )
     print(f"data    {data_dir} ({layout.description})\n{data.table()}")
     for warning in data.warnings:
         print(f"warning: {warning}")
     train_set, val_set = (
         ChangeDataset(
-            FileSource(layout.splits[split], data.coding),
+            open_source(layout.splits[split], data.coding, cache=config.cache, folder=cache_dir),
             crop_size=crop_size,
             augment=augment,
             seed=config.seed,
@@ -292,7 +294,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
             num_pairs={split: summary.pairs for split, summary in data.splits.items()},
         )
         while progress.epoch < config.epochs:
-            epoch, start = progress.epoch + 1, time.perf_counter()
+            epoch, start, waited = progress.epoch + 1, time.perf_counter(), train_loader.waited
             sampler: Any = train_loader.batch_sampler
             sampler.set_epoch(progress.epoch, first_batch=progress.batch)
             num_pairs = (num_batches - progress.batch) * config.batch_size
@@ -323,7 +325,8 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                     clip_norm=config.clip_grad,
                     after_update=after_update,
                 )
-            speed = num_pairs / (time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            speed, waiting = num_pairs / seconds, (train_loader.waited - waited) / seconds
             on_val, histogram = evaluate(
                 model,
                 criterion,
@@ -337,12 +340,14 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
                 f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
                 f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
-                f"{speed:.1f} pairs/s{'  best' if is_best else ''}",
+                f"{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
+                f"{'  best' if is_best else ''}",
                 flush=True,
             )
             scores = {f"train/{key}": value for key, value in on_train.items()}
             scores |= {f"val/{key}": value for key, value in on_val.items()}
             scores |= {"lr": float(scheduler.get_last_lr()[0]), "pairs_per_second": speed}
+            scores["data_wait_share"] = waiting
             tracker.log(scores, epoch)
             tracker.log_pr_curve("val/precision_recall", histogram.counts, epoch)
             if epoch % config.draw_every == 0:

@@ -12,10 +12,11 @@ import torch
 from data_helpers import mask_of, picture, save, save_pair, save_tree
 from torch import Tensor
 
-from dataset import ChangeDataset, EpochSampler, FileSource, make_loader, open_dataset
+from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
 from errors import UserError
 from image_io import IGNORE, MaskCoding
 from layouts import find_pairs
+from sources import FileSource
 from transforms import Augment
 
 CODING = MaskCoding((0, 255))

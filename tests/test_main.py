@@ -57,7 +57,7 @@ def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     for row in table:
-        del row["pairs_per_second"]
+        del row["pairs_per_second"], row["data_wait_share"]
     return table
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import tracking
 from errors import Interrupted
-from tracking import Tracker, locked, mlflow_name, without_secrets
+from file_lock import locked
+from tracking import Tracker, mlflow_name, without_secrets
 
 matplotlib.use("Agg")
 

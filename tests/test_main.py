@@ -406,7 +406,7 @@ def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Pa
 def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
     tree: Path, tmp_path: Path
 ) -> None:
-    given = options(tree, workers=1)
+    given = options(tree, workers=1, cache="none")  # a cached pair needs its file no more
     words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
              if key != "mlflow"]  # fmt: skip
     command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",

@@ -131,6 +131,7 @@ class PairLoader(DataLoader[Sample]):
         waited: seconds that its user waited for batches, in all.
     """
 
+    dataset: ChangeDataset
     waited = 0.0
 
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]

@@ -6,6 +6,7 @@ trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py 
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +14,9 @@ from typing import Any
 
 import config as cli
 from config import option
-from errors import Interrupted, StopRequest, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent
-PICTURE = ROOT / "images" / "validation_predictions.png"
-SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
 PATCH_SIZE = 256  # of the validation grid, as the literature has it
-# The sample run without ImageNet weights: what a CPU can teach a network from scratch in minutes
-FROM_SCRATCH: dict[str, Any] = {
-    "weights": "none",
-    "backbone": "resnet18",
-    "crop_size": 128,
-    "batch_size": 4,
-    "freeze_backbone": False,
-    "lr": 2e-3,
-}
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,41 @@ class Config:
     # fmt: on
 
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    GIVEN = cli.parse(Config, description=__doc__)
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from checkpoint import load_model, restore, versions
+from data_check import DataSummary, check
+from dataset import ChangeDataset, PairLoader, make_loader
+from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
+from errors import Interrupted, StopRequest, UserError, run_script
+from hardware import (
+    default_workers,
+    describe,
+    explain_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+)
+from layouts import Layout, find_pairs
+from losses import build_loss
+from model import SiameseUNet, build_model, check_names, count_parameters
+from optimizer import build_optimizer, warmup_cosine
+from pretrained import check_source, load_weights
+from recorder import PICTURE, Recorder
+from run_folder import check_name, find_checkpoint, new_run_folder, write_json
+from sample_run import choose_data, is_sample, recipe_without_weights
+from sources import open_source
+from tracking import Tracker
+from transforms import Augment
+
+
 def train(given: dict[str, Any]) -> dict[str, float]:
     """Train from the options that a command line gives.
 
@@ -87,95 +111,228 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend.
         Interrupted: by a signal, after saving.
     """
-    # imported here, so that --help answers before the seconds that torch takes
-    import torch
-    from tqdm import tqdm
+    config, last, state = choose_options(given)
+    device = pick_device(config.device)
+    amp = pick_precision(config.amp, device)
+    keep_freed_memory()
 
-    from checkpoint import load_model, restore, save_checkpoint, versions
-    from data_check import check
-    from dataset import ChangeDataset, make_loader
-    from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
-    from hardware import (
-        default_workers,
-        describe,
-        explain_out_of_memory,
-        keep_freed_memory,
-        pick_device,
-        pick_precision,
+    layout = find_pairs(config.data_dir or choose_data(ROOT / "data", config.num_classes))
+    on_sample = is_sample(layout.root)
+    if on_sample and not state and config.weights == "imagenet" and "weights" not in given:
+        config = replace(config, **recipe_without_weights(config.backbone, given))
+    data = open_data(config, layout, device)
+    learner = build(config, state, device, amp, num_batches=len(data.train))
+    progress = learner.progress
+    best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0}
+
+    # ---- the run's folder, or the point where it stopped
+    if state:
+        if state["data"]["fingerprint"] != data.checked.fingerprint:
+            raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
+        restore(learner.parts(), state, last)
+        best, run_dir = state["best"], last.parent
+        if progress.epoch >= config.epochs:
+            raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
+    else:
+        name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
+        run_dir = new_run_folder(Path(config.output_dir or ROOT / "runs"), name)
+    options = cli.as_dict(config)
+    write_json(run_dir / "config.json", {**options, "versions": versions()})
+    learning, total = count_parameters(learner.model)
+    print(
+        f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
+        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
+        f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
+        f"{data.train.num_workers} workers\n"
+        f"run     {run_dir}",
+        flush=True,
     )
-    from layouts import find_pairs
-    from losses import build_loss
-    from model import build_model, check_names, count_parameters
-    from optimizer import build_optimizer, warmup_cosine
-    from pretrained import check_source, load_weights
-    from run_folder import check_name, find_checkpoint, new_run_folder, write_json
-    from sample_data import MARKER
-    from sources import open_source
-    from tracking import Tracker
-    from transforms import Augment
-    from visualize import plot_predictions, save_figure
+    set_name = "synthetic sample" if on_sample else layout.root.name
+    tracker = Tracker(
+        run_dir,
+        config=options,
+        tags={"dataset": set_name, "weights": learner.weights},
+        store=ROOT,
+        use_mlflow=config.mlflow,
+        first_step=progress.epoch + 1 if state else 0,
+        mlflow_run_id=state.get("mlflow_run_id") if state else None,
+    )
+    recorder = Recorder(
+        run_dir,
+        tracker,
+        about={
+            "model_kwargs": learner.model_kwargs,
+            "config": options,
+            "weights": learner.weights,
+            "data": {
+                "fingerprint": data.checked.fingerprint,
+                "mask_values": list(data.checked.coding.values),
+            },
+        },
+        val_set=data.val.dataset,
+        picture=ROOT / "images" / PICTURE,
+        is_sample=on_sample,
+    )
 
-    # ---- options, of a new run or of the one to go on with
-    config, state = Config(**given), None
-    output_dir = Path(config.output_dir or ROOT / "runs")
+    def leave_if_asked() -> None:
+        if stop.signal_number:
+            check_finite(progress)
+            path = recorder.save("last.pt", learner.parts(), best)
+            raise Interrupted(
+                f"saved {path}\ngo on with: python main.py --resume '{run_dir}'",
+                stop.signal_number,
+            )
+
+    # ---- train
+    with (
+        StopRequest() as stop,
+        recorder,
+        closing(data.train),
+        closing(data.val),
+        explain_out_of_memory(config.batch_size, config.crop_size),
+    ):
+        tracker.log_datasets(
+            set_name,
+            digest=data.checked.fingerprint,
+            source=str(layout.root),
+            num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
+        )
+        while progress.epoch < config.epochs:
+            epoch = progress.epoch + 1
+            on_train, speed, waiting = learn_epoch(config, learner, data.train, leave_if_asked)
+            on_val, histogram = evaluate(
+                learner.model,
+                learner.criterion,
+                data.val,
+                num_classes=config.num_classes,
+                device=device,
+                precision=learner.precision,
+            )
+            is_best = on_val["change_iou"] > best["change_iou"]
+            print(
+                f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
+                f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
+                f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
+                f"{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
+                f"{'  best' if is_best else ''}",
+                flush=True,
+            )
+            recorder.log_epoch(
+                epoch,
+                on_train,
+                on_val,
+                histogram,
+                lr=float(learner.scheduler.get_last_lr()[0]),
+                pairs_per_second=speed,
+                data_wait_share=waiting,
+            )
+            if epoch % config.draw_every == 0:
+                recorder.draw(learner.model, epoch, on_val["change_iou"])
+            progress.start(epoch)
+            if is_best:
+                best = {"epoch": epoch, **on_val}
+                recorder.save("best.pt", {"model": learner.model}, best)
+            recorder.save("last.pt", learner.parts(), best)
+            leave_if_asked()
+        recorder.finish(load_model(run_dir / "best.pt", device), best, config.epochs)
+    print(recorder.summary(best, store=ROOT))
+    return best
+
+
+def choose_options(given: dict[str, Any]) -> tuple[Config, Path, dict[str, Any] | None]:
+    """Return the options, and of a run to go on with the checkpoint's path and content.
+
+    Raises:
+        UserError: an unknown name, a file that is not there, or an option that may not change.
+    """
+    config, last, state = Config(**given), Path(), None
     if config.resume:
-        path, state = find_checkpoint(config.resume, output_dir, config.name)
+        runs = Path(config.output_dir or ROOT / "runs")
+        last, state = find_checkpoint(config.resume, runs, config.name)
         saved = cli.from_dict(Config, state["config"])
-        config, run_dir = replace(saved, **given), path.parent
+        config = replace(saved, **given)
         if changed := cli.differences(saved, config):
-            raise UserError(f"{path}: a resumed run keeps its options; {'; '.join(changed)}")
+            raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
     check_names(config.backbone, config.fusion)
     if not state:
         check_source(config.weights)
         check_name(config.name)
-    device = pick_device(config.device)
-    amp = pick_precision(config.amp, device)
-    workers = default_workers() if config.workers is None else config.workers
-    keep_freed_memory()
+    return config, last, state
 
-    # ---- data
-    data_dir = choose_data(config)
-    layout, cache_dir = find_pairs(data_dir), ROOT / "data" / "cache"
-    is_sample = (layout.root / MARKER).is_file()
-    if is_sample and not state:
-        config = without_missing_weights(config, given)
-    data = check(
+
+@dataclass(frozen=True)
+class Data:
+    """The dataset as a run uses it."""
+
+    checked: DataSummary
+    train: PairLoader
+    val: PairLoader
+
+
+def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
+    """Check every file, say what there is, and open the training and the validation split.
+
+    Raises:
+        UserError: a fault in the data, all of them named.
+    """
+    cache_dir = ROOT / "data" / "cache"
+    checked = check(
         layout,
         num_classes=config.num_classes,
         mask_values=config.mask_values,
         crop_size=PATCH_SIZE,
         memo=cache_dir / "checked.json",
     )
-    print(f"data    {data_dir} ({layout.description})\n{data.table()}")
-    for warning in data.warnings:
+    print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
+    for warning in checked.warnings:
         print(f"warning: {warning}")
-    train_set, val_set = (
-        ChangeDataset(
-            open_source(layout.splits[split], data.coding, cache=config.cache, folder=cache_dir),
-            crop_size=crop_size,
-            augment=augment,
-            seed=config.seed,
-        )
-        for split, crop_size, augment in (
-            ("train", config.crop_size, Augment()),
-            ("val", PATCH_SIZE, None),
-        )
-    )
-    train_loader, val_loader = (
-        make_loader(
-            dataset,
+
+    def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
+        pairs = layout.splits[split]
+        source = open_source(pairs, checked.coding, cache=config.cache, folder=cache_dir)
+        return make_loader(
+            ChangeDataset(source, crop_size=crop_size, augment=augment, seed=config.seed),
             config.batch_size,
-            shuffle=dataset is train_set,
+            shuffle=augment is not None,
             seed=config.seed,
-            num_workers=workers,
+            num_workers=default_workers() if config.workers is None else config.workers,
             device=device,
         )
-        for dataset in (train_set, val_set)
-    )
 
-    # ---- model, loss, optimizer
-    if min(config.batch_size, len(train_set)) == 1 and config.crop_size == 32:
+    train_loader = loader("train", config.crop_size, Augment())
+    if min(config.batch_size, len(train_loader.dataset)) == 1 and config.crop_size == 32:
         raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
+    return Data(checked, train_loader, loader("val", PATCH_SIZE, None))
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and all that changes it."""
+
+    model: SiameseUNet
+    model_kwargs: dict[str, Any]
+    weights: str  # that the encoder began with, in words
+    criterion: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    precision: Precision
+    progress: Progress
+
+    def parts(self) -> dict[str, Any]:
+        """Return what a run needs to go on, by the names in a checkpoint."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.precision.scaler,
+            "progress": self.progress,
+        }
+
+
+def build(
+    config: Config, state: dict[str, Any] | None, device: torch.device, amp: str, num_batches: int
+) -> Learner:
+    """Build the model and all that changes it, as they are before the first step."""
     torch.manual_seed(config.seed)
     architecture: dict[str, Any] = {
         "backbone": config.backbone,
@@ -190,8 +347,8 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()
     model.to(device)
-    criterion = build_loss(config.num_classes, config.bce_weight, config.iou_weight)
-    num_batches = len(train_loader)
+    if config.compile:
+        model.compile()
     num_updates = -(-num_batches // config.accumulate)
     optimizer = build_optimizer(
         model,
@@ -204,228 +361,61 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         warmup_steps=round(config.warmup_epochs * num_updates),
         total_steps=config.epochs * num_updates,
     )
-    precision = Precision.named(amp, device)
-    progress = Progress(config.num_classes, device)
-    best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0}
-
-    # ---- the run's folder, or the point where it stopped
-    parts: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "scaler": precision.scaler,
-        "progress": progress,
-    }
-    if state:
-        if state["data"]["fingerprint"] != data.fingerprint:
-            raise UserError(f"{path}: was trained on other data than {data_dir}; --data-dir")
-        restore(parts, state, path)
-        best = state["best"]
-        if progress.epoch >= config.epochs:
-            raise UserError(f"{path}: all {config.epochs} epochs are done; --epochs N adds more")
-    else:
-        name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
-        run_dir = new_run_folder(output_dir, name)
-    about = {
-        "model_kwargs": {**architecture, "freeze_backbone": model.encoder.frozen},
-        "config": cli.as_dict(config),
-        "weights": weights,
-        "data": {"fingerprint": data.fingerprint, "mask_values": list(data.coding.values)},
-    }
-    write_json(run_dir / "config.json", {**cli.as_dict(config), "versions": versions()})
-    learning, total = count_parameters(model)
-    print(
-        f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
-        f"{total / 1e6:.1f} M parameters learn; weights: {weights}\n"
-        f"device  {describe(device)}, {amp if precision.dtype else 'float32'}, {workers} workers\n"
-        f"run     {run_dir}",
-        flush=True,
-    )
-    if config.compile:
-        model.compile()
-
-    tracker = Tracker(
-        run_dir,
-        config=cli.as_dict(config),
-        tags={"dataset": "synthetic sample" if is_sample else data_dir.name, "weights": weights},
-        store=ROOT,
-        use_mlflow=config.mlflow,
-        first_step=progress.epoch + 1 if state else 0,
-        mlflow_run_id=state.get("mlflow_run_id") if state else None,
+    return Learner(
+        model=model,
+        model_kwargs={**architecture, "freeze_backbone": model.encoder.frozen},
+        weights=weights,
+        criterion=build_loss(config.num_classes, config.bce_weight, config.iou_weight),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        precision=Precision.named(amp, device),
+        progress=Progress(config.num_classes, device),
     )
 
-    def save(file: str, kept: dict[str, Any]) -> None:
-        states = {key: part.state_dict() for key, part in kept.items()}
-        content = {**about, **states, "best": best, "mlflow_run_id": tracker.mlflow_run_id}
-        save_checkpoint(run_dir / file, content, keep_previous="optimizer" in kept)
 
-    def leave_if_asked() -> None:
-        if stop.signal_number:
-            check_finite(progress)
-            save("last.pt", parts)
-            raise Interrupted(
-                f"saved {run_dir / 'last.pt'}\ngo on with: python main.py --resume '{run_dir}'",
-                stop.signal_number,
-            )
+def learn_epoch(
+    config: Config, learner: Learner, loader: PairLoader, leave_if_asked: Callable[[], None]
+) -> tuple[dict[str, float], float, float]:
+    """Train on what is left of an epoch, under a progress bar.
 
-    def draw(drawn: torch.nn.Module, epoch: int, change_iou: float) -> None:
-        title = f"epoch {epoch}: change IoU {change_iou:.3f} on val"
-        title = f"{SAMPLE_LABEL}, {title}" if is_sample else title
-        figure = plot_predictions(drawn, val_set, device, path=None, title=title)
-        tracker.log_figure("validation_predictions", figure, epoch)
-        for path in (run_dir / PICTURE.name, PICTURE):
-            try:
-                save_figure(figure, path)
-            except OSError as error:  # a picture is no reason to lose a run
-                print(f"warning: {path}: not drawn ({error.strerror})")
+    Returns:
+        Loss and scores, pairs per second, and the share of the time that went waiting for data.
+    """
+    progress, num_batches = learner.progress, len(loader)
+    start, waited = time.perf_counter(), loader.waited
+    num_pairs = (num_batches - progress.batch) * config.batch_size
+    sampler: Any = loader.batch_sampler
+    sampler.set_epoch(progress.epoch, first_batch=progress.batch)
+    with tqdm(
+        total=num_batches,
+        initial=progress.batch,
+        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+        unit="batch",
+        leave=False,
+        disable=None,  # where nobody watches
+    ) as bar:
 
-    # ---- train
-    with (
-        StopRequest() as stop,
-        tracker,
-        closing(train_loader),
-        closing(val_loader),
-        explain_out_of_memory(config.batch_size, config.crop_size),
-    ):
-        tracker.log_datasets(
-            "sample" if is_sample else data_dir.name,
-            digest=data.fingerprint,
-            source=str(data_dir),
-            num_pairs={split: summary.pairs for split, summary in data.splits.items()},
-        )
-        while progress.epoch < config.epochs:
-            epoch, start, waited = progress.epoch + 1, time.perf_counter(), train_loader.waited
-            sampler: Any = train_loader.batch_sampler
-            sampler.set_epoch(progress.epoch, first_batch=progress.batch)
-            num_pairs = (num_batches - progress.batch) * config.batch_size
-            with tqdm(
-                total=num_batches,
-                initial=progress.batch,
-                desc=f"epoch {epoch}/{config.epochs}",
-                unit="batch",
-                leave=False,
-                disable=None,  # where nobody watches
-            ) as bar:
-
-                def after_update(progress: Progress, bar: tqdm = bar) -> None:
-                    if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
-                        bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
-                    leave_if_asked()
-
-                on_train = train_one_epoch(
-                    model,
-                    criterion,
-                    train_loader,
-                    optimizer,
-                    scheduler,
-                    progress,
-                    precision=precision,
-                    num_batches=num_batches,
-                    accumulate=config.accumulate,
-                    clip_norm=config.clip_grad,
-                    after_update=after_update,
-                )
-            seconds = time.perf_counter() - start
-            speed, waiting = num_pairs / seconds, (train_loader.waited - waited) / seconds
-            on_val, histogram = evaluate(
-                model,
-                criterion,
-                val_loader,
-                num_classes=config.num_classes,
-                device=device,
-                precision=precision,
-            )
-            is_best = on_val["change_iou"] > best["change_iou"]
-            print(
-                f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
-                f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
-                f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
-                f"{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
-                f"{'  best' if is_best else ''}",
-                flush=True,
-            )
-            scores = {f"train/{key}": value for key, value in on_train.items()}
-            scores |= {f"val/{key}": value for key, value in on_val.items()}
-            scores |= {"lr": float(scheduler.get_last_lr()[0]), "pairs_per_second": speed}
-            scores["data_wait_share"] = waiting
-            tracker.log(scores, epoch)
-            tracker.log_pr_curve("val/precision_recall", histogram.counts, epoch)
-            if epoch % config.draw_every == 0:
-                draw(model, epoch, on_val["change_iou"])
-            progress.start(epoch)
-            if is_best:
-                best = {"epoch": epoch, **on_val}
-                save("best.pt", {"model": model})
-            save("last.pt", parts)
+        def after_update(progress: Progress) -> None:
+            if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
+                bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
             leave_if_asked()
 
-        # ---- the best epoch, drawn and summed up
-        model = load_model(run_dir / "best.pt", device)
-        draw(model, int(best["epoch"]), best["change_iou"])
-        tracker.log_summary({k: v for k, v in best.items() if k != "epoch"}, config.epochs)
-        tracker.log_artifact(run_dir / "best.pt")
-        tracker.log_model(model)
-    print(summary(best, weights, is_sample, run_dir))
-    return best
-
-
-def choose_data(config: Config) -> Path:
-    """Return the dataset's folder; the sample set is made where none is named or in data/."""
-    from sample_data import MARKER, make_sample_set
-
-    if config.data_dir:
-        return Path(config.data_dir)
-    data, is_binary = ROOT / "data", config.num_classes != 3
-    folder = data / ("sample" if is_binary else "sample-3-classes")
-    if any(
-        path.name not in ("README.md", "cache", folder.name)
-        and not path.name.startswith(".")
-        and not (path / MARKER).is_file()
-        for path in data.glob("*")
-    ):
-        return data
-    print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
-    return make_sample_set(folder, num_classes=1 if is_binary else 3)
-
-
-def without_missing_weights(config: Config, given: dict[str, Any]) -> Config:
-    """Let the sample run, and it alone, go on without ImageNet weights that cannot be had."""
-    from pretrained import WeightsUnavailableError, download, imagenet_url
-
-    if config.weights != "imagenet" or "weights" in given:
-        return config
-    try:
-        download(imagenet_url(config.backbone))
-    except WeightsUnavailableError as error:
-        recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
-        rule = "!" * 100
-        print(f"{rule}\n!! NO IMAGENET WEIGHTS: {error}")
-        print(f"!! The sample run goes on FROM SCRATCH, all of it learning, with {flags}:")
-        print("!! its scores are not those of a pretrained model. On real data this is an error.")
-        print(rule)
-        return replace(config, **recipe)
-    return config
-
-
-def summary(best: dict[str, float], weights: str, is_sample: bool, run_dir: Path) -> str:
-    """Return the table at the end of a run."""
-    from metrics import SCORE_NAMES
-
-    lines = [f"\nbest epoch {best['epoch']:.0f}, whole validation split, threshold 0.5"]
-    lines += [f"  {name:36} {best[key]:.4f}" for key, name in SCORE_NAMES.items()]
-    if is_sample:
-        lines.append(f"  {SAMPLE_LABEL}: these are not LEVIR-CD results")
-    lines += [
-        f"encoder     {weights}",
-        f"checkpoint  {run_dir / 'best.pt'}",
-        f"picture     {PICTURE}",
-        f"curves      tensorboard --logdir {run_dir.parent}",
-        f"MLflow      mlflow ui --workers 1 --backend-store-uri sqlite:///{ROOT / 'mlflow.db'}",
-        "            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
-    ]
-    return "\n".join(lines)
+        scores = train_one_epoch(
+            learner.model,
+            learner.criterion,
+            loader,
+            learner.optimizer,
+            learner.scheduler,
+            progress,
+            precision=learner.precision,
+            num_batches=num_batches,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_grad,
+            after_update=after_update,
+        )
+    seconds = time.perf_counter() - start
+    return scores, num_pairs / seconds, (loader.waited - waited) / seconds
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: train(cli.parse(Config, description=__doc__))))
+    sys.exit(run_script(lambda: train(GIVEN)))

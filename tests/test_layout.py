@@ -9,7 +9,7 @@ FLOORS = {
     "errors": 0, "file_lock": 0, "config": 1, "layouts": 1, "image_io": 1, "transforms": 1,
     "sample_data": 1, "hardware": 1, "model": 1, "optimizer": 2, "losses": 2, "sources": 2,
     "data_check": 2, "metrics": 2, "checkpoint": 2, "pretrained": 2, "tracking": 2, "dataset": 3,
-    "engine": 3, "run_folder": 3, "visualize": 4, "main": 5,
+    "engine": 3, "run_folder": 3, "sample_run": 3, "visualize": 4, "recorder": 5, "main": 6,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
 # What each part of the science may not know of

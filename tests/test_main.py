@@ -20,8 +20,9 @@ import sample_data
 from checkpoint import load_model, read_checkpoint
 from dataset import open_dataset
 from errors import DivergedError, Interrupted, UserError
-from main import FROM_SCRATCH, Config, train
+from main import train
 from pretrained import WeightsUnavailableError
+from sample_run import FROM_SCRATCH, choose_data
 
 SCRIPT = Path(main.__file__)
 SMALL = {
@@ -41,7 +42,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a run writes beside main.py (data/, runs/, images/) inside the test's folder."""
     monkeypatch.setattr(main, "ROOT", tmp_path)
     monkeypatch.setattr(main, "PATCH_SIZE", 32)
-    monkeypatch.setattr(main, "PICTURE", tmp_path / "images" / "validation_predictions.png")
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_r7_out_of_memory_says_what_to_try(
     def no_room(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("engine.train_one_epoch", no_room)
+    monkeypatch.setattr("main.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
         train(options(tree))
 
@@ -335,22 +335,22 @@ def test_with_weights_the_encoder_is_frozen(
 
 def test_data_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_sample(monkeypatch)
-    folder = main.choose_data(Config())
-    assert folder == tmp_path / "data" / "sample"
-    assert main.choose_data(Config(num_classes=3)) == tmp_path / "data" / "sample-3-classes"
-    (tmp_path / "data" / "cache").mkdir()
-    (tmp_path / "data" / "README.md").write_text("")
-    assert main.choose_data(Config()) == folder
-    save_tree(tmp_path / "data", train=1, val=1)
-    assert main.choose_data(Config()) == tmp_path / "data"
-    assert main.choose_data(Config(data_dir="/x")) == Path("/x")
+    data = tmp_path / "data"
+    folder = choose_data(data, num_classes=1)
+    assert folder == data / "sample"
+    assert choose_data(data, num_classes=3) == data / "sample-3-classes"
+    (data / "cache").mkdir()
+    (data / "README.md").write_text("")
+    assert choose_data(data, num_classes=1) == folder
+    save_tree(data, train=1, val=1)
+    assert choose_data(data, num_classes=1) == data
 
 
 def test_sample_data_is_called_so_however_it_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     small_sample(monkeypatch)
-    main.choose_data(Config())
+    choose_data(tmp_path / "data", num_classes=1)
     (tmp_path / "data" / "LEVIR-CD.zip").write_text("not unpacked yet")
     train({**SMALL, "epochs": 1, "crop_size": 64})
     assert "these are not LEVIR-CD results" in capsys.readouterr().out

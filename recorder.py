@@ -1,0 +1,119 @@
+"""What a run leaves behind: checkpoints, pictures, lines and tables, and what the trackers get."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from checkpoint import save_checkpoint
+from dataset import ChangeDataset
+from metrics import SCORE_NAMES, ScoreHistogram
+from sample_run import SAMPLE_LABEL
+from tracking import Tracker
+from visualize import plot_predictions, save_figure
+
+PICTURE = "validation_predictions.png"
+
+
+class Recorder:
+    """Writes into a run's folder and to its trackers.
+
+    Args:
+        run_dir: the run's folder.
+        tracker: of the run; closed with this.
+        about: what every checkpoint says beside its states.
+        val_set: is drawn from.
+        picture: where a copy of the newest validation grid goes.
+        is_sample: marks tables and pictures as synthetic.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker,
+        *,
+        about: Mapping[str, Any],
+        val_set: ChangeDataset,
+        picture: Path,
+        is_sample: bool,
+    ) -> None:
+        self.run_dir = run_dir
+        self.tracker = tracker
+        self.about = about
+        self.val_set = val_set
+        self.picture = picture
+        self.is_sample = is_sample
+
+    def __enter__(self) -> "Recorder":
+        self.tracker.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.tracker.__exit__(kind, error, traceback)
+
+    def save(self, file: str, parts: Mapping[str, Any], best: Mapping[str, Any]) -> Path:
+        """Write the states of `parts` as a checkpoint; with an optimizer, keep the one before."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        mlflow_run_id = self.tracker.mlflow_run_id
+        content = {**self.about, **states, "best": dict(best), "mlflow_run_id": mlflow_run_id}
+        path = self.run_dir / file
+        save_checkpoint(path, content, keep_previous="optimizer" in parts)
+        return path
+
+    def draw(self, model: nn.Module, epoch: int, change_iou: float) -> None:
+        """Draw predictions on the validation split."""
+        title = f"epoch {epoch}: change IoU {change_iou:.3f} on val"
+        title = f"{SAMPLE_LABEL}, {title}" if self.is_sample else title
+        device = next(model.parameters()).device
+        figure = plot_predictions(model, self.val_set, device, path=None, title=title)
+        self.tracker.log_figure(Path(PICTURE).stem, figure, epoch)
+        for path in (self.run_dir / PICTURE, self.picture):
+            try:
+                save_figure(figure, path)
+            except OSError as error:  # a picture is no reason to lose a run
+                print(f"warning: {path}: not drawn ({error.strerror})")
+
+    def log_epoch(
+        self,
+        epoch: int,
+        on_train: Mapping[str, float],
+        on_val: Mapping[str, float],
+        histogram: ScoreHistogram,
+        **more: float,
+    ) -> None:
+        """Give the trackers one epoch's losses and scores."""
+        scores = {f"train/{key}": value for key, value in on_train.items()}
+        scores |= {f"val/{key}": value for key, value in on_val.items()}
+        self.tracker.log({**scores, **more}, epoch)
+        self.tracker.log_pr_curve("val/precision_recall", histogram.counts, epoch)
+
+    def finish(self, model: nn.Module, best: Mapping[str, Any], last_epoch: int) -> None:
+        """Draw the best epoch, and hand it with its scores to the trackers."""
+        self.draw(model, int(best["epoch"]), best["change_iou"])
+        self.tracker.log_summary({k: v for k, v in best.items() if k != "epoch"}, last_epoch)
+        self.tracker.log_artifact(self.run_dir / "best.pt")
+        self.tracker.log_model(model)
+
+    def summary(self, best: Mapping[str, Any], store: Path) -> str:
+        """Return the table at the end of a run; `store` is the folder of mlflow.db."""
+        lines = [f"\nbest epoch {best['epoch']:.0f}, whole validation split, threshold 0.5"]
+        lines += [f"  {name:36} {best[key]:.4f}" for key, name in SCORE_NAMES.items()]
+        if self.is_sample:
+            lines.append(f"  {SAMPLE_LABEL}: these are not LEVIR-CD results")
+        database = f"sqlite:///{store / 'mlflow.db'}"
+        lines += [
+            f"encoder     {self.about['weights']}",
+            f"checkpoint  {self.run_dir / 'best.pt'}",
+            f"picture     {self.picture}",
+            f"curves      tensorboard --logdir {self.run_dir.parent}",
+            f"MLflow      mlflow ui --workers 1 --backend-store-uri {database}",
+            "            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
+        ]
+        return "\n".join(lines)

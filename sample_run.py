@@ -1,0 +1,70 @@
+"""What a run does where there is no dataset, and the sample run where there are no weights.
+
+Without data a small synthetic set is drawn. On that set alone, a run may go on without ImageNet
+weights: it then trains from scratch by a recipe of its own, and says so loudly. On real data
+missing weights are an error.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pretrained
+import sample_data
+from pretrained import WeightsUnavailableError
+
+SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
+# What a CPU can teach a network from scratch in minutes
+FROM_SCRATCH: dict[str, Any] = {
+    "weights": "none",
+    "backbone": "resnet18",
+    "crop_size": 128,
+    "batch_size": 4,
+    "freeze_backbone": False,
+    "lr": 2e-3,
+}
+
+
+def choose_data(data: Path, num_classes: int) -> Path:
+    """Return the folder of the datasets if one is there; else make a sample set inside.
+
+    Args:
+        data: the folder, data/ of the repository.
+        num_classes: 3 asks for a set with none, road and building, all else for a binary one.
+    """
+    folder = data / ("sample-3-classes" if num_classes == 3 else "sample")
+    if any(
+        path.name not in ("README.md", "cache", folder.name)
+        and not path.name.startswith(".")
+        and not is_sample(path)
+        for path in data.glob("*")
+    ):
+        return data
+    print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
+    return sample_data.make_sample_set(folder, num_classes=3 if num_classes == 3 else 1)
+
+
+def is_sample(folder: Path) -> bool:
+    """Whether a dataset was drawn by `sample_data.py`."""
+    return (folder / sample_data.MARKER).is_file()
+
+
+def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, Any]:
+    """Return the options that replace ImageNet's weights where these cannot be had, else nothing.
+
+    Args:
+        backbone: whose weights are wanted.
+        given: names of the options that the user has chosen; these stay.
+    """
+    try:
+        pretrained.download(pretrained.imagenet_url(backbone))
+    except WeightsUnavailableError as error:
+        recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
+        rule = "!" * 100
+        print(f"{rule}\n!! NO IMAGENET WEIGHTS: {error}")
+        print(f"!! The sample run goes on FROM SCRATCH, all of it learning, with {flags}:")
+        print("!! its scores are not those of a pretrained model. On real data this is an error.")
+        print(rule)
+        return recipe
+    return {}

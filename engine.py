@@ -28,13 +28,13 @@ class Progress:
         epoch: counted from 0.
         batch: batches done in this epoch.
         loss_sum: sum of their losses, a scalar on the device.
-        confusion: of their predictions.
+        confusion: of their predictions; its device is the run's.
         num_bad: updates skipped because they were not finite, a scalar on the device.
     """
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.num_classes = num_classes
-        self.device = device
+    def __init__(self, confusion: Confusion) -> None:
+        self.confusion = confusion
+        self.device = confusion.counts.device
         self.start(0)
 
     def start(self, epoch: int) -> None:
@@ -42,7 +42,7 @@ class Progress:
         self.epoch = epoch
         self.batch = 0
         self.loss_sum = torch.zeros((), device=self.device)
-        self.confusion = Confusion(self.num_classes, self.device)
+        self.confusion.reset()
         self.num_bad = torch.zeros((), device=self.device)
 
     def mean_loss(self) -> float:
@@ -59,7 +59,7 @@ class Progress:
             "epoch": self.epoch,
             "batch": self.batch,
             "loss_sum": self.loss_sum,
-            "confusion": self.confusion.matrix,
+            "confusion": self.confusion.counts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Progress:
         self.start(state["epoch"])
         self.batch = state["batch"]
         self.loss_sum.copy_(state["loss_sum"])
-        self.confusion.matrix.copy_(state["confusion"])
+        self.confusion.counts.copy_(state["confusion"])
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,23 @@ def evaluate(
     criterion: nn.Module,
     loader: Iterable[Batch],
     *,
-    num_classes: int,
-    device: torch.device,
+    confusion: Confusion,
     precision: Precision,
 ) -> tuple[dict[str, float], ScoreHistogram]:
     """Score a split: the mean loss and the scores over all its pixels, and the histogram.
 
     The loss is the mean over patches, so that a short last batch weighs no more than it should.
+
+    Args:
+        model: `(before, after) -> logits`.
+        criterion: `(logits, target) -> scalar`.
+        loader: yields batches.
+        confusion: is emptied, then filled; its device is the model's.
+        precision: of the forward pass.
     """
     model.eval()
-    confusion = Confusion(num_classes, device)
+    confusion.reset()
+    device = confusion.counts.device
     histogram = ScoreHistogram(device)
     loss_sum, num_patches = torch.zeros((), device=device), 0
     for batch in loader:
@@ -219,5 +226,5 @@ def evaluate(
         loss_sum += loss * len(target)
         num_patches += len(target)
         confusion.update(logits, target)
-        histogram.update(logits, target)
+        histogram.update(logits, target, task=confusion.task)
     return {"loss": loss_sum.item() / max(num_patches, 1), **confusion.scores()}, histogram

@@ -26,7 +26,8 @@ class Config:
     # fmt: off
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
-    num_classes: int = option(1, "1 = change; 3 = none, road, building; K", at_least=1, at_most=255)
+    task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
+    num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=250)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
     crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
 
@@ -37,6 +38,8 @@ class Config:
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 
     # loss
+    loss: str = option("bce_iou", "bce_iou, ce, dice, focal, or a sum such as bce_iou+focal")
+    class_weights: str = option("none", "of cross-entropies; balanced = rare classes more", choices=("none", "balanced"))  # noqa: E501
     bce_weight: float = option(1.0, "factor of the cross-entropy", at_least=0)
     iou_weight: float = option(1.0, "factor of 1 - soft IoU", at_least=0)
 
@@ -89,7 +92,8 @@ from hardware import (
     pick_precision,
 )
 from layouts import Layout, find_pairs
-from losses import build_loss
+from losses import build_loss, check_loss
+from metrics import build_confusion
 from model import SiameseUNet, build_model, check_names, count_parameters
 from optimizer import build_optimizer, warmup_cosine
 from pretrained import check_source, load_weights
@@ -116,14 +120,18 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
 
-    layout = find_pairs(config.data_dir or choose_data(ROOT / "data", config.num_classes))
+    layout = find_pairs(config.data_dir or choose_data(ROOT / "data", config.num_classes or 1))
     on_sample = is_sample(layout.root)
     if on_sample and not state and config.weights == "imagenet" and "weights" not in given:
         config = replace(config, **recipe_without_weights(config.backbone, given))
+    if config.num_classes is None:
+        config = replace(config, num_classes=1)
+    assert config.num_classes
     data = open_data(config, layout, device)
     learner = build(config, state, device, amp, num_batches=len(data.train))
     progress = learner.progress
-    best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0}
+    confusion = build_confusion(config.task, config.num_classes, device)
+    best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0, confusion.headline: -1.0}
 
     # ---- the run's folder, or the point where it stopped
     if state:
@@ -204,11 +212,10 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 learner.model,
                 learner.criterion,
                 data.val,
-                num_classes=config.num_classes,
-                device=device,
+                confusion=confusion,
                 precision=learner.precision,
             )
-            is_best = on_val["change_iou"] > best["change_iou"]
+            is_best = on_val[confusion.headline] > best[confusion.headline]
             print(
                 f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
                 f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
@@ -253,7 +260,8 @@ def choose_options(given: dict[str, Any]) -> tuple[Config, Path, dict[str, Any] 
         config = replace(saved, **given)
         if changed := cli.differences(saved, config):
             raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
-    check_names(config.backbone, config.fusion)
+    check_names(config.task, config.backbone, config.fusion)
+    check_loss(config.loss)
     if not state:
         check_source(config.weights)
         check_name(config.name)
@@ -278,7 +286,7 @@ def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
     cache_dir = ROOT / "data" / "cache"
     checked = check(
         layout,
-        num_classes=config.num_classes,
+        num_classes=config.num_classes or 1,
         mask_values=config.mask_values,
         crop_size=PATCH_SIZE,
         memo=cache_dir / "checked.json",
@@ -334,7 +342,9 @@ def build(
 ) -> Learner:
     """Build the model and all that changes it, as they are before the first step."""
     torch.manual_seed(config.seed)
+    assert config.num_classes
     architecture: dict[str, Any] = {
+        "task": config.task,
         "backbone": config.backbone,
         "fusion": config.fusion,
         "num_classes": config.num_classes,
@@ -365,11 +375,16 @@ def build(
         model=model,
         model_kwargs={**architecture, "freeze_backbone": model.encoder.frozen},
         weights=weights,
-        criterion=build_loss(config.num_classes, config.bce_weight, config.iou_weight),
+        criterion=build_loss(
+            config.loss,
+            task=config.task,
+            bce_weight=config.bce_weight,
+            iou_weight=config.iou_weight,
+        ).to(device),
         optimizer=optimizer,
         scheduler=scheduler,
         precision=Precision.named(amp, device),
-        progress=Progress(config.num_classes, device),
+        progress=Progress(build_confusion(config.task, config.num_classes, device)),
     )
 
 

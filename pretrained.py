@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
+from encoders import Encoder
 from errors import UserError
-from model import Encoder
 
 TIMEOUT = 15  # seconds without an answer before a download is given up
 REMEDIES = (

@@ -104,7 +104,9 @@ class Recorder:
     def summary(self, best: Mapping[str, Any], store: Path) -> str:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""
         lines = [f"\nbest epoch {best['epoch']:.0f}, whole validation split, threshold 0.5"]
-        lines += [f"  {name:36} {best[key]:.4f}" for key, name in SCORE_NAMES.items()]
+        lines += [
+            f"  {name:36} {best[key]:.4f}" for key, name in SCORE_NAMES.items() if key in best
+        ]
         if self.is_sample:
             lines.append(f"  {SAMPLE_LABEL}: these are not LEVIR-CD results")
         database = f"sqlite:///{store / 'mlflow.db'}"

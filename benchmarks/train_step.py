@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine import Precision, Progress, train_one_epoch
 from hardware import keep_freed_memory
 from losses import CombinedIoULoss
+from metrics import Confusion
 from model import Encoder, build_model
 from optimizer import build_optimizer, warmup_cosine
 from visualize import Picture, save_figure
@@ -80,7 +81,7 @@ def train(
             [batch] * steps,
             optimizer,
             scheduler,
-            Progress(1, device),
+            Progress(Confusion(1, device)),
             precision=precision,
             num_batches=steps,
         )

@@ -48,7 +48,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=True)
         self.scheduler = warmup_cosine(self.optimizer, warmup_steps=2, total_steps=total)
         self.precision = Precision.named(precision, CPU)
-        self.progress = Progress(1, CPU)
+        self.progress = Progress(Confusion(1))
 
     def epoch(self, loader: Batches, num_batches: int | None = None, **options: Any) -> dict:
         return train_one_epoch(
@@ -208,7 +208,7 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_learns_nothing() -> No
         tuple(t[i : i + 1] for t in batch) for batch in loader for i in range(len(batch[0]))
     ]
     kept = run.weights()
-    options: dict[str, Any] = {"num_classes": 1, "device": CPU, "precision": run.precision}
+    options: dict[str, Any] = {"confusion": Confusion(1), "precision": run.precision}
     at_once, _ = evaluate(run.model, CombinedIoULoss(), loader, **options)
     one_by_one, histogram = evaluate(run.model, CombinedIoULoss(), singles, **options)
     assert at_once.pop("loss") == pytest.approx(one_by_one.pop("loss"), rel=1e-5)

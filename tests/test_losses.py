@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import CombinedIoULoss, MultiClassIoULoss, build_loss, soft_iou
+from losses import CombinedIoULoss, build_loss, soft_iou
 
 
 def confident(target: Tensor, sign: float = 1.0) -> Tensor:
@@ -103,7 +103,7 @@ def test_multi_class_by_hand_on_four_pixels() -> None:
     target = torch.tensor([[[2, 0], [0, 255]]])
     # CE: log 3. IoU over three pixels, s = 1: class 0 (2/3 + 1) / (2 + 1 - 2/3 + 1) = 1/2,
     # class 2 (1/3 + 1) / (1 + 1 - 1/3 + 1) = 1/2; class 1 is absent and does not count
-    loss = MultiClassIoULoss(ce_weight=2.0, iou_weight=3.0, smooth=1.0)(logits, target)
+    loss = CombinedIoULoss(bce_weight=2.0, iou_weight=3.0, smooth=1.0)(logits, target)
     assert loss.item() == pytest.approx(2 * math.log(3) + 3 * 0.5)
 
 
@@ -113,7 +113,7 @@ def test_multi_class_contract() -> None:
     target[0] = 0
     target[1, 5:] = 255
     right = F.one_hot(target.long().clamp(max=2), 3).movedim(-1, 1) * 40.0
-    loss = build_loss(3, 1.0, 1.0)
+    loss = build_loss()
     assert loss(right, target).item() == pytest.approx(0, abs=1e-6)
     assert loss(-right, target).item() > 10
     logits = torch.randn(4, 3, 16, 16, generator=generator)
@@ -122,8 +122,3 @@ def test_multi_class_contract() -> None:
     assert loss(logits.half(), target).isfinite()
     everything = torch.full((1, 16, 16), 255)
     assert loss(logits[:1], everything).item() == 0
-
-
-def test_one_class_is_binary() -> None:
-    assert isinstance(build_loss(1, 0.5, 2.0), CombinedIoULoss)
-    assert build_loss(1, 0.5, 2.0).iou_weight == 2.0

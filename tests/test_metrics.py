@@ -33,7 +33,7 @@ def test_dice_and_iou_say_the_same_and_the_headline_holds() -> None:
     # 4.7 % changed pixels and a change IoU of 0.70: the two-class mean Dice is 0.9075
     hit, wrong = 0.7, 0.15
     scale = 0.047 / (hit + wrong) * 1e6
-    confusion.matrix = torch.tensor(
+    confusion.matrix[:] = torch.tensor(
         [[1e6 - scale, wrong * scale], [wrong * scale, hit * scale]], dtype=torch.int64
     )
     scores = confusion.scores()

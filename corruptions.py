@@ -6,12 +6,12 @@
 
 The label stays with the earlier date. Pixels that come from outside the frame repeat its edge and
 become "ignore": they are never counted, whatever the model says of them. A direction (of a shift, a
-turn) goes with the pair's number, so that all of them occur in a split, and the same ones each time.
+turn) goes with the pair's number, so that all occur in a split, and the same ones each time.
 """
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ def shift(after: Tensor, pixels: float, number: int) -> tuple[Tensor, Tensor | N
     rows = torch.arange(height) - down * distance
     columns = torch.arange(width) - right * distance
     shifted = after[:, rows.clamp(0, height - 1)][:, :, columns.clamp(0, width - 1)]
-    is_row, is_column = ((0 <= i) & (i < n) for i, n in ((rows, height), (columns, width)))
+    is_row, is_column = ((i >= 0) & (i < n) for i, n in ((rows, height), (columns, width)))
     return shifted, is_row[:, None] & is_column
 
 
@@ -88,7 +88,7 @@ def blur(after: Tensor, sigma: float, _number: int) -> tuple[Tensor, Tensor | No
     if sigma == 0:
         return after, None
     reach = min(math.ceil(3 * sigma), min(after.shape[-2:]) - 1)  # what reflecting edges allow
-    return V.gaussian_blur(after, [2 * reach + 1], [sigma]), None
+    return V.gaussian_blur(after, 2 * reach + 1, sigma), None
 
 
 def compress(after: Tensor, quality: float, _number: int) -> tuple[Tensor, Tensor | None]:
@@ -121,17 +121,27 @@ class CorruptedSource(Source):
         source: the pairs as they are.
         corruption: what to do.
         level: how much of it.
+        numbers: of the pairs to take; all when None.
     """
 
-    def __init__(self, source: Source, corruption: Corruption, level: float) -> None:
-        self.pairs, self.coding, self.sizes = source.pairs, source.coding, source.sizes
+    def __init__(
+        self,
+        source: Source,
+        corruption: Corruption,
+        level: float,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        self.numbers = range(len(source)) if numbers is None else numbers
+        self.pairs = tuple(source.pairs[i] for i in self.numbers)
+        self.sizes = [source.sizes[i] for i in self.numbers]
+        self.coding = source.coding
         self.source, self.corrupt, self.level = source, corruption.corrupt, level
         self._last: tuple[int, Tensor] | None = None  # sixteen patches of a pair come in a row
 
     def planes(self, number: int) -> Tensor:
         """Return a whole pair (P, H, W)."""
         if self._last is None or self._last[0] != number:
-            planes = self.source.planes(number).clone()
+            planes = self.source.planes(self.numbers[number]).clone()
             after, valid = self.corrupt(planes[3:6], self.level, number)
             planes[3:6] = after
             if valid is not None:

@@ -4,7 +4,7 @@
     found       at least half of its pixels are claimed; else missed
     invented    a claimed object under which not one pixel changed
 
-Objects of fewer than `min_pixels` are not counted, neither real nor claimed ones: a specle of a
+Objects of fewer than `min_pixels` are not counted, neither real nor claimed ones: a speck of a
 few pixels is no building. Pixels of one object may be claimed by several, and one claim may find
 several objects: the counts say whether people find what changed, not how well its outline is drawn.
 """

@@ -107,6 +107,7 @@ def prediction_grid(
     predictions: Sequence[Tensor],
     *,
     title: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw one row per sample.
 
@@ -114,6 +115,7 @@ def prediction_grid(
         samples: (before, after, mask): uint8 (3, H, W), (3, H, W), (H, W) with 255 = ignore.
         predictions: class indices (H, W), one per sample.
         title: over the picture.
+        names: of the rows, at their left.
     """
     columns = ("before", "after", "truth", "prediction", "errors")
     rows, side = len(samples), 2.1
@@ -137,6 +139,8 @@ def prediction_grid(
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row, -1].set_title(_row_score(truth, predicted), fontsize=9, pad=3)
+    for axis, name in zip(axes[:, 0], names or (), strict=bool(names)):
+        axis.set_ylabel(name, fontsize=7)
     for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
         axis.set_title(name, fontsize=10, pad=3)
     handles = [
@@ -150,7 +154,12 @@ def prediction_grid(
     if title:
         figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
     figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 0.55 / height, bottom=bottom, wspace=0.03, hspace=0.12
+        left=0.04 if names else 0.01,
+        right=0.99,
+        top=1 - 0.55 / height,
+        bottom=bottom,
+        wspace=0.03,
+        hspace=0.12,
     )
     return figure
 

@@ -112,9 +112,11 @@ def evaluate(given: dict[str, Any]) -> Report:
         )
         evaluated.append(evaluate_checkpoint(config, path, state, predictor, protocols, data))
     runs = [one.report for one in evaluated]
+    knows_data = all(one.report["trained_on_this_data"] for one in evaluated)
     report: Report = {
         "data": data.name,
         "split": config.split,
+        "place": config.split if knows_data else f"{data.folder}-{config.split}",
         "pairs": len(data.split),
         "val_pairs": len(data.val),
         "classes": list(data.names),
@@ -189,6 +191,7 @@ class Data:
     """The splits that an evaluation looks at; `split` is `val` where that was asked for."""
 
     name: str
+    folder: str
     fingerprint: str
     names: tuple[str, ...]
     split: Source
@@ -230,6 +233,7 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         names = [str(k) for k in range(num_labels)]
     return Data(
         SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
+        layout.root.name,
         checked.fingerprint,
         tuple(names),
         split=val if config.split == "val" else source(config.split),

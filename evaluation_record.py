@@ -55,9 +55,9 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
     """Write everything into a new folder.
 
     Args:
-        wanted: the folder; when None evaluation/<split> in the run's folder, or with several
-            checkpoints beside the run of the first. What is there already stays: see
-            `write_folder`.
+        wanted: the folder; what is there already stays, see `write_folder`. When None it is
+            evaluation/<split> in the run's folder, or with several checkpoints beside that of the
+            first; of other data than the training's it is evaluation/<data>-<split>.
         report: of all checkpoints.
         evaluated: the checkpoints.
 
@@ -81,7 +81,7 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
             for name, figure in one.figures.items():
                 save_figure(figure, part / f"{name}.png")
 
-    return write_folder(wanted or home / "evaluation" / report["split"], fill)
+    return write_folder(wanted or home / "evaluation" / report["place"], fill)
 
 
 def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
@@ -114,7 +114,8 @@ def log_results(
 ) -> None:
     """Add scores and figures to the MLflow run of each training, and to TensorBoard.
 
-    Names begin with evaluation/<split>/<protocol>/<operating point>/; the step is the epoch of the
+    Names begin with evaluation/<split>/<protocol>/<operating point>/, or of other data than that
+    of the training evaluation/<data>-<split>/; the step is the epoch of the
     checkpoint. TensorBoard's files lie with the results, where they are a run of their own.
     Nothing here can fail: see `tracking.py`.
 
@@ -125,7 +126,7 @@ def log_results(
         store: folder of mlflow.db, where no server is named.
         use_mlflow: False leaves MLflow out.
     """
-    prefix = f"evaluation/{report['split']}"
+    prefix = f"evaluation/{report['place']}"
     for one, part in zip(evaluated, _parts(folder, evaluated), strict=True):
         epoch = one.report["epoch"]
         scores = {

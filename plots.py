@@ -44,21 +44,21 @@ def draw_all(
         rule: of the model by itself, "0.5" or "argmax".
     """
     protocol, result = next(iter(results.items()))
+    own = rule if rule == "argmax" else f"threshold {rule}"
     figures = {
         "precision_recall": plot_precision_recall(results, title),
         "calibration": plot_calibration(results, title),
         "worst_pairs": plot_worst(
-            result, source, f"{title}\n{protocol}, {rule}: the pairs with the most wrong pixels"
+            result, source, f"{title}\n{protocol}, {own}: the pairs with the most wrong pixels"
         ),
     }
     for point, threshold in result.points.items():
-        how = rule if threshold is None else f"{threshold:.4f}, chosen on val"
-        how = how if how == "argmax" else f"threshold {how}"
+        how = own if threshold is None else f"threshold {threshold:.4f}, chosen on val"
         matrix = result.counts.matrices(point).sum(0)
         figures[f"confusion_{point}"] = plot_confusion(matrix, names, f"{title}\n{protocol}, {how}")
     if robustness:
         num = robustness[0]["pairs"]
-        how = f"later date corrupted; {ROBUSTNESS_PROTOCOL} of {num} pairs, {rule}"
+        how = f"later date corrupted; {ROBUSTNESS_PROTOCOL} of {num} pairs, {own}"
         figures["robustness"] = plot_robustness(robustness, f"{title}\n{how}")
     return figures
 
@@ -78,7 +78,8 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
         curve.plot(recall[inside], precision[inside], **GUIDE)
         curve.annotate(
             f"Dice {dice}", (1, dice / (2 - dice)), xytext=(-3, 2), textcoords="offset points",
-            ha="right", va="bottom", fontsize=7, color="0.5",
+            ha="right", va="bottom", fontsize=7, color="0.4",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip
     thresholds = np.arange(NUM_BINS) / NUM_BINS
     for k, (protocol, result) in enumerate(results.items()):
@@ -134,7 +135,7 @@ def plot_confusion(matrix: Counts, names: Sequence[str], title: str) -> Figure:
     """Draw a confusion matrix (C, C): the share of each row, which is a class of the truth."""
     num = len(names)
     side = max(4.2, 0.95 * num + 2)
-    figure = _figure(side + 0.8, side, title)
+    figure = _figure(side + 1.6, side, title)
     axis = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -187,6 +188,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         axis.grid(axis="y", **GUIDE)
     for axis in axes[:, 0]:
         axis.set_ylabel("score of the change class")
+    axes[0, 0].fill_between([], [], color=COLORS[0], alpha=0.15, label="95 % interval of the IoU")
     axes[0, 0].legend(fontsize=8, loc="lower left")
     return figure
 

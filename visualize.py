@@ -119,7 +119,7 @@ def prediction_grid(
     """
     columns = ("before", "after", "truth", "prediction", "errors")
     rows, side = len(samples), 2.1
-    height = rows * (side + 0.18) + 1.0
+    height = rows * (side + 0.18) + 1.0 + 0.17 * (title or "").count("\n")
     figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
@@ -147,7 +147,7 @@ def prediction_grid(
         Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
         for name, (r, g, b) in LEGEND.items()
     ]
-    bottom = 0.45 / height
+    bottom, top = 0.45 / height, 0.55 + 0.17 * (title or "").count("\n")
     figure.legend(
         handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False
     )
@@ -156,7 +156,7 @@ def prediction_grid(
     figure.subplots_adjust(
         left=0.04 if names else 0.01,
         right=0.99,
-        top=1 - 0.55 / height,
+        top=1 - top / height,
         bottom=bottom,
         wspace=0.03,
         hspace=0.12,

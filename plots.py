@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -90,7 +91,7 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
         curve.plot(recall[claims], precision[claims], **look,
                    label=f"{protocol}, average precision {area:.3f}")  # fmt: skip
         iou = change_iou(result.counts.histogram)
-        sweep.plot(thresholds, iou, **look, label=protocol)
+        sweep.plot(thresholds, iou, **look)
         chosen = result.points[BY_VAL]
         assert chosen is not None
         for threshold, marker in ((0.5, "o"), (chosen, "D")):
@@ -104,8 +105,7 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
     sweep.set(xlabel="threshold on the probability of change", ylabel="IoU of the change class",
               xlim=(0, 1), ylim=(0, 1.01))  # fmt: skip
     sweep.grid(**GUIDE)
-    curve.legend(fontsize=8, loc="lower left")
-    sweep.legend(fontsize=8, loc="lower center")
+    _legend_below(figure, curve)
     return figure
 
 
@@ -122,12 +122,12 @@ def plot_calibration(results: Mapping[str, ProtocolResult], title: str) -> Figur
                          label=f"{protocol}, expected error {found.error:.4f}")  # fmt: skip
         amounts.stairs(found.pixels / found.pixels.sum(), edges, **look)
     reliability.set(ylabel="share of pixels that changed", xlim=(0, 1), ylim=(0, 1.01))
-    reliability.legend(fontsize=8, loc="upper left")
     reliability.grid(**GUIDE)
     amounts.set(xlabel="predicted probability of change", ylabel="share of all pixels",
                 yscale="log")  # fmt: skip
     amounts.yaxis.set_major_formatter(PercentFormatter(1))
     amounts.grid(**GUIDE)
+    _legend_below(figure, reliability, columns=2)
     return figure
 
 
@@ -189,7 +189,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("score of the change class")
     axes[0, 0].fill_between([], [], color=COLORS[0], alpha=0.15, label="95 % interval of the IoU")
-    axes[0, 0].legend(fontsize=8, loc="lower left")
+    _legend_below(figure, axes[0, 0])
     return figure
 
 
@@ -198,6 +198,14 @@ def _figure(width: float, height: float, title: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _legend_below(figure: Figure, axis: Axes, columns: int = 5) -> None:
+    """Put the legend of one of the plots under all of them, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def _amount(pixels: int) -> str:

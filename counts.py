@@ -2,7 +2,7 @@
 
     Prediction     change (H, W) uint16, kinds and classes (D, H, W) uint8; D dates with classes: 1,
                    of semantic change 2
-    ImageCounts    histogram (2, 256), matrices (C, C) at each operating point, objects
+    ImageCounts    histogram (2, 256); at each operating point tables (T, C, C) and objects
     SplitCounts    of all images: scores, intervals, curves
 
 The model is asked once; scores at any threshold, the choice of a threshold, the bootstrap, the
@@ -92,7 +92,8 @@ class ImageCounts:
         size: (height, width).
         histogram: (2, 256), unchanged and changed pixels by predicted probability.
         probability: (256,) float64, the sum of the probabilities in each bin.
-        matrices: (C, C), rows = truth, columns = prediction, at each operating point.
+        tables: (T, C, C) at each operating point, as `counts` of a `Confusion`; the first one has
+            rows = truth, columns = prediction.
         objects: at each operating point.
     """
 
@@ -100,12 +101,12 @@ class ImageCounts:
     size: tuple[int, int]
     histogram: Counts
     probability: NDArray[np.float64]
-    matrices: dict[str, Counts]
+    tables: dict[str, Counts]
     objects: dict[str, ObjectCounts]
 
     def num_wrong(self, point: str) -> int:
         """Return how many pixels got a wrong class."""
-        matrix = self.matrices[point]
+        matrix = self.tables[point][0]
         return int(matrix.sum() - np.trace(matrix))
 
 
@@ -137,7 +138,7 @@ def count_image(
         (truth.shape[-2], truth.shape[-1]),
         histogram=steps.sum(-1),
         probability=(steps.sum(0) * middles).sum(-1),
-        matrices={point: _matrix(truth, claim, num_labels) for point, claim in claims.items()},
+        tables={point: _tables(truth, claim, num_labels) for point, claim in claims.items()},
         objects={
             point: count_objects(changed, valid & (claim[0] > 0), min_pixels)
             for point, claim in claims.items()
@@ -188,7 +189,14 @@ class SplitCounts:
 
     def matrices(self, point: str) -> Counts:
         """Return (N, C, C), one matrix an image."""
-        return np.stack([image.matrices[point] for image in self.images])
+        return np.stack([image.tables[point][0] for image in self.images])
+
+    def confusion(self, point: str) -> Confusion:
+        """Return the confusion matrix over all images."""
+        confusion = self.empty()
+        tables = sum(image.tables[point] for image in self.images)
+        confusion.counts.copy_(torch.from_numpy(tables))
+        return confusion
 
     def scores(self, point: str) -> dict[str, float]:
         """Return the scores over all pixels, the means over images, the objects."""
@@ -303,9 +311,26 @@ def _steps(prediction: Prediction, truth: Bytes) -> Counts:
     return np.bincount(slots, minlength=2 * STEPS).reshape(2, NUM_BINS, STEPS // NUM_BINS)
 
 
-def _matrix(truth: Bytes, claim: Bytes, num_labels: int) -> Counts:
-    valid = truth != IGNORE
-    slots = truth[valid].astype(np.int64) * num_labels + claim[valid]
+def _tables(truth: Bytes, claim: Bytes, num_labels: int) -> Counts:
+    """Return the tables of a `Confusion`, (1, C, C), or of a `SemanticConfusion`, (4, C, C).
+
+    Counted in whole numbers, so that images of any size are exact.
+    """
+    tables = [_pairs_of_classes(truth, claim, truth != IGNORE, num_labels)]
+    if len(truth) == 2:  # the dates: transitions in truth, as predicted, and predicted rightly
+        valid = (truth != IGNORE).all(0)
+        is_right = valid & (truth == claim).all(0)
+        tables += [
+            _pairs_of_classes(dates[0], dates[1], mask, num_labels)
+            for dates, mask in ((truth, valid), (claim, valid), (truth, is_right))
+        ]
+    return np.stack(tables)
+
+
+def _pairs_of_classes(
+    rows: Bytes, columns: Bytes, mask: NDArray[np.bool_], num_labels: int
+) -> Counts:
+    slots = rows[mask].astype(np.int64) * num_labels + columns[mask]
     return np.bincount(slots, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 

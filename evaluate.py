@@ -58,6 +58,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, description=__doc__)
 
 from checkpoint import read_checkpoint, restore_model
+from classes import choose_classes
 from data_check import check
 from errors import UserError, run_script
 from evaluation import ROBUSTNESS_PROTOCOL, evaluate_protocol, measure_robustness
@@ -205,19 +206,19 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         UserError: a fault in the data, or a split that it does not have.
     """
     task, num_classes = kind_of(state["model_kwargs"])
-    trained_on = state["config"].get("data_dir")
-    layout = find_pairs(config.data_dir or trained_on or choose_data(ROOT / "data", num_classes))
+    root = config.data_dir or state["config"].get("data_dir")
+    layout = find_pairs(root or choose_data(ROOT / "data", task, num_classes), task)
     if config.split not in layout.splits:
         have = ", ".join(layout.splits)
         raise UserError(f"{layout.root}: has no {config.split} split, only {have}; --split")
-    cache = ROOT / "data" / "cache"
-    checked = check(
-        layout,
+    classes = choose_classes(
+        layout.root,
+        task=task,
         num_classes=num_classes,
-        mask_values=config.mask_values or state["config"].get("mask_values"),
-        crop_size=PATCH_SIZE,
-        memo=cache / "checked.json",
+        mask_values=config.mask_values or tuple(state["config"].get("mask_values") or ()) or None,
     )
+    cache = ROOT / "data" / "cache"
+    checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache / "checked.json")
     print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
     for warning in checked.warnings:
         print(f"warning: {warning}")
@@ -227,15 +228,11 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         return open_source(pairs, checked.coding, cache=config.cache, folder=cache)
 
     val = source("val")
-    num_labels = num_classes + 1 if task == "semantic" else max(num_classes, 2)
-    names = state["data"].get("class_names") or ("no change", "change")
-    if len(names) != num_labels:
-        names = [str(k) for k in range(num_labels)]
     return Data(
         SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
         layout.root.name,
         checked.fingerprint,
-        tuple(names),
+        checked.coding.names,
         split=val if config.split == "val" else source(config.split),
         val=val,
     )
@@ -280,7 +277,7 @@ def evaluate_checkpoint(
     if report["caution"]:
         title += f"\nOPTIMISTIC: {report['caution']}"
     rule = rule_of(state["model_kwargs"])
-    figures = draw_all(results, rows, data.split, data.names, title=title, rule=rule)
+    figures = draw_all(results, rows, data.split, title=title, rule=rule)
     return Evaluated(path, state, report, results, figures)
 
 

@@ -185,7 +185,7 @@ def _image_rows(results: Mapping[str, ProtocolResult]) -> list[dict[str, Any]]:
 
 
 def _image_scores(image: ImageCounts, point: str) -> dict[str, float]:
-    matrix, objects = image.matrices[point], image.objects[point]
+    matrix, objects = image.tables[point][0], image.objects[point]
     hit = int(matrix[1:, 1:].sum())
     false_alarm, missed = int(matrix[0, 1:].sum()), int(matrix[1:, 0].sum())
     wrong = false_alarm + missed

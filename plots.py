@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from corruptions import CORRUPTIONS, LOSSLESS
-from counts import CALIBRATION_BINS, NUM_BINS, Counts, change_iou
+from counts import CALIBRATION_BINS, NUM_BINS, change_iou
 from evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
+from matrices import plot_confusion, plot_transitions
+from metrics import SemanticConfusion
 from sources import Source
 from visualize import Picture, prediction_grid
 
@@ -29,7 +31,6 @@ def draw_all(
     results: Mapping[str, ProtocolResult],
     robustness: Sequence[Mapping[str, Any]],
     source: Source,
-    names: Sequence[str],
     *,
     title: str,
     rule: str,
@@ -40,7 +41,6 @@ def draw_all(
         results: by protocol.
         robustness: rows of `measure_robustness`, or none.
         source: the split.
-        names: of the classes.
         title: begins all titles.
         rule: of the model by itself, "0.5" or "argmax".
     """
@@ -55,8 +55,13 @@ def draw_all(
     }
     for point, threshold in result.points.items():
         how = own if threshold is None else f"threshold {threshold:.4f}, chosen on val"
-        matrix = result.counts.matrices(point).sum(0)
-        figures[f"confusion_{point}"] = plot_confusion(matrix, names, f"{title}\n{protocol}, {how}")
+        confusion = result.counts.confusion(point)
+        of_point = {"confusion": plot_confusion(confusion.matrix, confusion.names)}
+        if isinstance(confusion, SemanticConfusion):
+            of_point["transitions"] = plot_transitions(confusion.transitions, confusion.names)
+        for kind, figure in of_point.items():
+            figure.suptitle(f"{title}\n{protocol}, {how}", fontsize=8)
+            figures[f"{kind}_{point}"] = figure
     if robustness:
         num = robustness[0]["pairs"]
         how = f"later date corrupted; {ROBUSTNESS_PROTOCOL} of {num} pairs, {own}"
@@ -131,40 +136,16 @@ def plot_calibration(results: Mapping[str, ProtocolResult], title: str) -> Figur
     return figure
 
 
-def plot_confusion(matrix: Counts, names: Sequence[str], title: str) -> Figure:
-    """Draw a confusion matrix (C, C): the share of each row, which is a class of the truth."""
-    num = len(names)
-    side = max(4.2, 0.95 * num + 2)
-    figure = _figure(side + 1.6, side, title)
-    axis = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(num):
-        for column in range(num):
-            text = f"{shares[row, column]:.1%}\n{_amount(int(matrix[row, column]))} px"
-            color = "white" if shares[row, column] > 0.6 else "black"
-            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    axis.set_xticks(
-        range(num), names, rotation=30 if num > 3 else 0, ha="right" if num > 3 else "center"
-    )
-    axis.set_yticks(range(num), names)
-    axis.set(xlabel="predicted", ylabel="truth")
-    bar = figure.colorbar(picture, ax=axis, fraction=0.046)
-    bar.set_label("share of the row")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return figure
-
-
 def plot_worst(result: ProtocolResult, source: Source, title: str) -> Figure:
     """Draw the pairs with the most wrong pixels, the worst first."""
     samples, predictions, names = [], [], []
     for number, prediction in result.worst:
         planes = source.planes(number)
-        samples.append((planes[:3], planes[3:6], planes[6]))
-        predictions.append(torch.from_numpy(prediction.classes[0]))
+        samples.append((planes[:3], planes[3:6], planes[6:].squeeze(0)))
+        predictions.append(torch.from_numpy(prediction.classes))
         wrong = result.counts.images[number].num_wrong(DEFAULT)
         names.append(f"{_end(source.pairs[number].name)}\n{_amount(wrong)} px wrong")
-    return prediction_grid(samples, predictions, title=title, names=names)
+    return prediction_grid(samples, predictions, source.coding, title=title, names=names)
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

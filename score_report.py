@@ -41,7 +41,7 @@ def protocols_report(results: Mapping[str, ProtocolResult], seed: int) -> Report
                     "threshold": threshold,
                     "scores": result.counts.scores(point),
                     "intervals": result.counts.intervals(point, seed=seed),
-                    "confusion": result.counts.matrices(point).sum(0).tolist(),
+                    "confusion": result.counts.confusion(point).matrix.tolist(),
                 }
                 for point, threshold in result.points.items()
             },

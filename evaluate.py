@@ -286,8 +286,8 @@ def caution_of(split: str, knows_data: bool) -> str | None:
     if split == "train" and knows_data:
         return "the model learned from these pairs"
     if split == "val":
-        chosen = "the checkpoint and the thresholds with * were" if knows_data else "* was"
-        return f"{chosen} chosen on these pairs"
+        chosen = "the checkpoint and the thresholds" if knows_data else "the thresholds"
+        return f"{chosen} with * were chosen on these pairs"
     return None
 
 

@@ -138,7 +138,7 @@ def assert_numbers_are_in(table: str, report: dict[str, Any], at_least: int = 10
 def numbers_of(value: Any) -> list[float]:
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [n for part in value for n in numbers_of(part)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 

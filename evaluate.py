@@ -48,7 +48,7 @@ class Config:
     workers: int | None = option(None, "loader processes", short="-j", at_least=0)
 
     # what it leaves
-    output: str | None = option(None, "folder for the results; one that is there stays, and -2, -3, ... is made", short="-o")  # noqa: E501
+    output_dir: str | None = option(None, "folder for the results; one that is there stays, and -2, -3, ... is made", short="-o", aliases=["--output"])  # noqa: E501
     json: bool = option(False, "print JSON instead of the table")
     mlflow: bool = option(True, "log to MLflow as well")
     # fmt: on
@@ -127,7 +127,9 @@ def evaluate(given: dict[str, Any]) -> Report:
         "runs": runs,
         **(summarize(runs) if len(runs) > 1 else {}),
     }
-    folder = write_results(Path(config.output) if config.output else None, report, evaluated)
+    folder = write_results(
+        Path(config.output_dir) if config.output_dir else None, report, evaluated
+    )
     log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
     print(f"\n{text(report)}\n\nfiles   {folder}")
     return report

@@ -10,6 +10,7 @@ With several checkpoints the last three lie in a folder for each.
 
 import csv
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
             if not folder.exists():
                 return beside.rename(folder)
     except OSError as error:
-        raise UserError(f"{wanted}: cannot be written ({error.strerror}); --output") from None
+        raise UserError(f"{wanted}: cannot be written ({error.strerror}); --output-dir") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     raise AssertionError("unreachable")
@@ -134,6 +135,7 @@ def log_results(
             for protocol, of in one.report["protocols"].items()
             for point, at in of["points"].items()
             for name, value in at["scores"].items()
+            if math.isfinite(value)  # there is no mean over no images
         }
         for row in one.report.get("robustness", {}).get("rows", ()):
             name = f"{prefix}/robustness/{row['corruption']}/{row['level']:g}/change_iou"

@@ -1,6 +1,6 @@
 """Objects of a mask, and which of them a prediction found, missed or invented.
 
-    object      changed pixels that hang together, corners included (8 neighbours)
+    object      changed pixels that hang together by their edges, as the polygons of predict.py
     found       at least half of its pixels are claimed; else missed
     invented    a claimed object under which not one pixel changed
 
@@ -77,8 +77,8 @@ def label_objects(mask: Mask) -> NDArray[np.int64]:
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).ravel().view(np.int8))
     starts, ends = np.flatnonzero(steps == 1) + 1, np.flatnonzero(steps == -1) + 1
     # runs of the next row that touch run i: those from first[i] to last[i] - 1
-    first = np.searchsorted(ends, starts + width)
-    last = np.searchsorted(starts, ends + width, side="right")
+    first = np.searchsorted(ends, starts + width, side="right")
+    last = np.searchsorted(starts, ends + width)
     num_links = np.maximum(last - first, 0)
     upper = np.repeat(np.arange(len(starts)), num_links)
     lower = np.arange(len(upper)) + np.repeat(first - num_links.cumsum() + num_links, num_links)

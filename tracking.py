@@ -393,11 +393,11 @@ class Tracker:
             raise
         if run.info.lifecycle_stage != "active":
             return False
+        self._non_finite = int(run.data.tags.get("non_finite_metrics", 0))
         if self._is_guest:
             self._owns_run = False
             return True
         client.update_run(self.mlflow_run_id, "RUNNING")
-        self._non_finite = int(run.data.tags.get("non_finite_metrics", 0))
         # params cannot be changed once they are logged, so a tag says what is new
         before, now = run.data.params, self._params()
         news = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]

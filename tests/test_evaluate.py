@@ -150,7 +150,7 @@ def test_what_is_there_stays(trained: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "scores.json").write_text("mine")
-    evaluated(trained, protocols="whole", output=str(mine))
+    evaluated(trained, protocols="whole", output_dir=str(mine))
     assert [p.name for p in mine.iterdir()] == ["scores.json"]
     assert (tmp_path / "mine-2" / "scores.json").is_file()
 
@@ -160,7 +160,7 @@ def test_nothing_is_left_of_an_evaluation_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        evaluated(trained, protocols="whole", output=str(tmp_path / "file" / "x"))
+        evaluated(trained, protocols="whole", output_dir=str(tmp_path / "file" / "x"))
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -62,7 +62,7 @@ from classes import choose_classes
 from data_check import check
 from errors import UserError, run_script
 from evaluation import ROBUSTNESS_PROTOCOL, evaluate_protocol, measure_robustness
-from evaluation_record import Evaluated, log_results, write_results
+from evaluation_record import Evaluated, check_writable, log_results, write_results
 from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
 from layouts import find_pairs
 from plots import draw_all
@@ -99,6 +99,8 @@ def evaluate(given: dict[str, Any]) -> Report:
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
     data = open_data(config, first)
+    wanted = Path(config.output_dir) if config.output_dir else None
+    check_writable(wanted or next(iter(checkpoints)).parent)
     print(f"device  {describe(device)}, {'float32' if amp == 'off' else amp}", flush=True)
 
     evaluated = []
@@ -121,15 +123,13 @@ def evaluate(given: dict[str, Any]) -> Report:
         "pairs": len(data.split),
         "val_pairs": len(data.val),
         "classes": list(data.names),
-        "rule": rule_of(first["model_kwargs"]),
+        "rule": predictor.rule,
         "note": note_on_sizes(data.split, config.window),
         "min_object_pixels": config.min_object,
         "runs": runs,
         **(summarize(runs) if len(runs) > 1 else {}),
     }
-    folder = write_results(
-        Path(config.output_dir) if config.output_dir else None, report, evaluated
-    )
+    folder = write_results(wanted, report, evaluated)
     log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
     print(f"\n{text(report)}\n\nfiles   {folder}")
     return report
@@ -173,13 +173,6 @@ def read_checkpoints(given: Sequence[str]) -> dict[Path, dict[str, Any]]:
 def kind_of(model_kwargs: Mapping[str, Any]) -> tuple[str, int]:
     """Return the task and the number of classes of a model."""
     return model_kwargs.get("task", "change"), model_kwargs.get("num_classes", 1)
-
-
-def rule_of(model_kwargs: Mapping[str, Any]) -> str:
-    """Return how the model decides by itself: "0.5" or "argmax"."""
-    return (
-        "argmax" if kind_of(model_kwargs)[0] == "change" and kind_of(model_kwargs)[1] > 1 else "0.5"
-    )
 
 
 def note_on_sizes(source: Source, window: int) -> str:
@@ -260,10 +253,11 @@ def evaluate_checkpoint(
         )
         for protocol in protocols
     }
-    knows_data = state["data"].get("fingerprint") == data.fingerprint
+    # a folder that has got another split since is still the one of the training
+    knows_data = config.data_dir is None or state["data"].get("fingerprint") == data.fingerprint
     report: Report = {
         "checkpoint": str(path),
-        "epoch": int(state.get("best", {}).get("epoch", 0)),
+        "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),
         "trained_on_this_data": knows_data,
         "caution": caution_of(config.split, knows_data),
         "protocols": protocols_report(results, config.seed),
@@ -278,8 +272,7 @@ def evaluate_checkpoint(
     title = f"{run_name} on the {config.split} split of {data.name}, {num_pairs} pairs"
     if report["caution"]:
         title += f"\nOPTIMISTIC: {report['caution']}"
-    rule = rule_of(state["model_kwargs"])
-    figures = draw_all(results, rows, data.split, title=title, rule=rule)
+    figures = draw_all(results, rows, data.split, title=title, rule=predictor.rule)
     return Evaluated(path, state, report, results, figures)
 
 

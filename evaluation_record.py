@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,20 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
                 save_figure(figure, part / f"{name}.png")
 
     return write_folder(wanted or home / "evaluation" / report["place"], fill)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before hours of work that nothing can be written in a folder, or beside it.
+
+    Raises:
+        UserError: so it is.
+    """
+    existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            return
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); --output-dir") from None
 
 
 def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:

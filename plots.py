@@ -11,7 +11,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from corruptions import CORRUPTIONS, LOSSLESS
 from counts import CALIBRATION_BINS, NUM_BINS, change_iou
@@ -130,7 +129,7 @@ def plot_calibration(results: Mapping[str, ProtocolResult], title: str) -> Figur
     reliability.grid(**GUIDE)
     amounts.set(xlabel="predicted probability of change", ylabel="share of all pixels",
                 yscale="log")  # fmt: skip
-    amounts.yaxis.set_major_formatter(PercentFormatter(1))
+    amounts.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     amounts.grid(**GUIDE)
     _legend_below(figure, reliability, columns=2)
     return figure

@@ -54,6 +54,12 @@ class Predictor:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def rule(self) -> str:
+        """How the model decides by itself: "0.5" of the change probability, or "argmax"."""
+        is_binary = self.model.task == "semantic" or self.model.num_classes == 1
+        return "0.5" if is_binary else "argmax"
+
     def describe(self, protocol: str) -> str:
         """Return a protocol in words."""
         return {

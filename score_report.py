@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from corruptions import CORRUPTIONS, LOSSLESS
 from counts import OBJECT_NAMES, PER_IMAGE_NAMES
 from evaluation import ProtocolResult
 from metrics import SCORE_NAMES
@@ -24,7 +25,7 @@ CURVE_NAMES = {
     "calibration_error": "expected calibration error",
 }
 WITH_INTERVAL = ("change_iou", "change_dice")  # in the table; the JSON has all of them
-LABEL_WIDTH, CELL_WIDTH = 42, 11
+LABEL_WIDTH, CELL_WIDTH, WIDE_CELL = 42, 11, 14  # of seeds the cells are wide
 
 Report = dict[str, Any]
 
@@ -81,7 +82,8 @@ def text(report: Report) -> str:
         notes["note"] = report["note"]
     width = max(map(len, notes)) + 2
     below = [f"{word:{width}}{meaning}" for word, meaning in notes.items()]
-    return "\n".join([*about, "", table(report), "", *below])
+    stress = ["", *_robustness(report)] if "robustness" in runs[0] else []
+    return "\n".join([*about, "", table(report), *stress, "", *below])
 
 
 def table(report: Report) -> str:
@@ -89,8 +91,10 @@ def table(report: Report) -> str:
     runs = [run["protocols"] for run in report["runs"]]
     columns = [(protocol, point) for protocol, of in runs[0].items() for point in of["points"]]
 
+    width = CELL_WIDTH if len(runs) == 1 else WIDE_CELL
+
     def line(label: str, cells: Sequence[str]) -> str:
-        return f"{label:{LABEL_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+        return f"{label:{LABEL_WIDTH}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
     def points(protocol: str, point: str) -> list[Report]:
         return [run[protocol]["points"][point] for run in runs]
@@ -124,6 +128,21 @@ def table(report: Report) -> str:
 def as_json(report: Report) -> str:
     """Return JSON as its standard has it: a number that is not finite becomes null."""
     return json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _robustness(report: Report) -> list[str]:
+    """Return the change IoU by corruption and level, of several runs the means."""
+    runs = [run["robustness"] for run in report["runs"]]
+    how = f"{runs[0]['protocol']} of {runs[0]['rows'][0]['pairs']} pairs, {report['rule']}"
+    lines = [f"IoU of the change class with the later date corrupted ({how})"]
+    for name, corruption in CORRUPTIONS.items():
+        cells = []
+        for rows in zip(*(run["rows"] for run in runs), strict=True):
+            if rows[0]["corruption"] == name:
+                level = "none" if rows[0]["level"] == LOSSLESS else f"{rows[0]['level']:g}"
+                cells.append(f"{level:>6}: {mean(row['change_iou'] for row in rows):.4f}")
+        lines.append(f"{corruption.label:24}" + " ".join(cells))
+    return lines
 
 
 def _labels(scores: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from corruptions import CORRUPTIONS
 from errors import UserError
 from evaluate import caution_of, run
+from evaluation_record import write_folder
 from main import train
 from score_report import as_json, summarize, text
 
@@ -159,9 +160,19 @@ def test_nothing_is_left_of_an_evaluation_that_cannot_be_written(
     trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        evaluated(trained, protocols="whole", output_dir=str(tmp_path / "file" / "x"))
-    assert not list(tmp_path.rglob("*.tmp"))
+    elsewhere = tmp_path / "file" / "x"
+    with pytest.raises(UserError, match="file/x: cannot be written"):
+        evaluated(trained, protocols="whole", output_dir=str(elsewhere))
+    with pytest.raises(UserError, match="file/x: cannot be written"):
+        write_folder(elsewhere, lambda folder: None)
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "new", fail)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "new").exists()
 
 
 def test_seeds_give_mean_and_deviation(trained: Path, tree: Path, tmp_path: Path) -> None:

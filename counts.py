@@ -225,8 +225,7 @@ class SplitCounts:
         num = len(matrices)
         rng = np.random.default_rng(seed)
         times = rng.multinomial(num, np.full(num, 1 / num), size=num_resamples)
-        resampled = (times @ matrices.reshape(num, -1)).reshape(-1, *matrices.shape[1:])
-        values = [self._score(matrix) for matrix in resampled]
+        values = [self._score(np.tensordot(of_image, matrices, 1)) for of_image in times]
         return {
             name: (float(low), float(high))
             for name in values[0]
@@ -254,7 +253,9 @@ class SplitCounts:
             predicted = probability.reshape(CALIBRATION_BINS, -1).sum(-1) / total
             observed = pixels[1] / total
         gaps = np.nan_to_num(np.abs(predicted - observed))
-        return Calibration(predicted, observed, total, float((gaps * total).sum() / total.sum()))
+        return Calibration(
+            predicted, observed, total, float((gaps * total).sum() / max(total.sum(), 1))
+        )
 
     def _score(self, matrix: Counts) -> dict[str, float]:
         confusion = self.empty()

@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from corruptions import CORRUPTIONS, LOSSLESS
 from counts import CALIBRATION_BINS, NUM_BINS, change_iou
@@ -129,6 +130,9 @@ def plot_calibration(results: Mapping[str, ProtocolResult], title: str) -> Figur
     reliability.grid(**GUIDE)
     amounts.set(xlabel="predicted probability of change", ylabel="share of all pixels",
                 yscale="log")  # fmt: skip
+    # whole decades, so that there is more than one label
+    amounts.set_ylim(10 ** np.floor(np.log10(amounts.get_ylim()[0])), 1)
+    amounts.yaxis.set_minor_formatter(NullFormatter())
     amounts.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     amounts.grid(**GUIDE)
     _legend_below(figure, reliability, columns=2)

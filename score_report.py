@@ -133,7 +133,8 @@ def as_json(report: Report) -> str:
 def _robustness(report: Report) -> list[str]:
     """Return the change IoU by corruption and level, of several runs the means."""
     runs = [run["robustness"] for run in report["runs"]]
-    how = f"{runs[0]['protocol']} of {runs[0]['rows'][0]['pairs']} pairs, {report['rule']}"
+    rule = "argmax" if report["rule"] == "argmax" else f"threshold {report['rule']}"
+    how = f"{runs[0]['protocol']} of {runs[0]['rows'][0]['pairs']} pairs, {rule}"
     lines = [f"IoU of the change class with the later date corrupted ({how})"]
     for name, corruption in CORRUPTIONS.items():
         cells = []

@@ -21,7 +21,6 @@ from checkpoint import read_checkpoint, save_checkpoint
 from corruptions import CORRUPTIONS
 from errors import UserError
 from evaluate import caution_of, run
-from evaluation_record import write_folder
 from main import train
 from score_report import as_json, summarize, text
 
@@ -156,23 +155,13 @@ def test_what_is_there_stays(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine-2" / "scores.json").is_file()
 
 
-def test_nothing_is_left_of_an_evaluation_that_cannot_be_written(
-    trained: Path, tmp_path: Path
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    elsewhere = tmp_path / "file" / "x"
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
     with pytest.raises(UserError, match="file/x: cannot be written"):
-        evaluated(trained, protocols="whole", output_dir=str(elsewhere))
-    with pytest.raises(UserError, match="file/x: cannot be written"):
-        write_folder(elsewhere, lambda folder: None)
-
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "new", fail)
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "new").exists()
+        evaluated(trained, output_dir=str(tmp_path / "file" / "x"))
 
 
 def test_seeds_give_mean_and_deviation(trained: Path, tree: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ CURVE_NAMES = {
     "average_precision": "average precision (area under P-R)",
     "calibration_error": "expected calibration error",
 }
+FEW_PAIRS = 10
 WITH_INTERVAL = ("change_iou", "change_dice")  # in the table; the JSON has all of them
 LABEL_WIDTH, CELL_WIDTH, WIDE_CELL = 42, 11, 14  # of seeds the cells are wide
 
@@ -71,6 +72,8 @@ def text(report: Report) -> str:
         f"threshold of the highest change IoU on the {report['val_pairs']} pairs of val, "
         "by protocol"
     )
+    if report["val_pairs"] < FEW_PAIRS:
+        notes["*"] += "; so few pairs choose badly"
     if len(runs) == 1:
         notes["interval"] = f"95 %, bootstrap over the {pairs} images"
     notes["empty"] = "an image where nothing changed; = 1 if nothing is claimed there, else 0"

@@ -60,6 +60,8 @@ def draw_all(
         if isinstance(confusion, SemanticConfusion):
             of_point["transitions"] = plot_transitions(confusion.transitions, confusion.names)
         for kind, figure in of_point.items():
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(width, 5.2), height + 0.4)  # room for the title
             figure.suptitle(f"{title}\n{protocol}, {how}", fontsize=8)
             figures[f"{kind}_{point}"] = figure
     if robustness:

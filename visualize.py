@@ -248,5 +248,5 @@ def _row_score(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> st
     is_change = np.where(truth[:1] == IGNORE, IGNORE, truth[:1] > 0)
     confusion.add(torch.from_numpy(predicted[:1] > 0), torch.from_numpy(is_change))
     if not (is_change == 1).any():
-        return f"errors: no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
+        return f"no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
     return f"errors: IoU {confusion.scores()['change_iou']:.2f}"

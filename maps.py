@@ -1,8 +1,8 @@
 """What a prediction leaves behind for one scene, written band by band.
 
     probability    uint8, 254 p rounded, or float32         255 or NaN = no data
-    mask           uint8 class values under a palette       255 = no data
-    classes_before, classes_after                           the same for each date of semantic change
+    mask           uint8 class values under a palette       255 = no data; of semantic change
+                                                            classes_before and classes_after
     overlay        PNG, the later date with the change tinted, at most 2,048 pixels a side
 
 A georeferenced or large scene gives cloud-optimised GeoTIFFs on the grid of its first date, others

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raster import place
+
 _AT_ONCE = 2000  # polygons whose coordinates are transformed in one call
 _ROWS = 512  # of the raster that are held for the mean probabilities
 
@@ -117,7 +119,7 @@ def equal_area_crs(source: Any) -> str:
     """Return the equal-area projection around a raster's middle, as PROJ writes it."""
     from rasterio.warp import transform
 
-    middle = source.transform * (source.width / 2, source.height / 2)
+    middle = place(source.transform, source.width / 2, source.height / 2)
     (lon,), (lat,) = transform(source.crs, "EPSG:4326", [middle[0]], [middle[1]])
     return f"+proj=laea +lat_0={lat:.6f} +lon_0={lon:.6f} +ellps=WGS84 +datum=WGS84 +units=m"
 
@@ -178,6 +180,5 @@ def _add_probabilities(found: list[Polygon], source: Any, chances: Any, unit: fl
 
 def _rows(polygon: Polygon, source: Any) -> tuple[float, float]:
     """Return the first row of a polygon and the one behind its last."""
-    x, y = polygon.rings[0].T
-    _, rows = ~source.transform * (x, y)
+    _, rows = place(~source.transform, *polygon.rings[0].T)
     return float(rows.min()) - 0.5, float(rows.max()) + 0.5

@@ -66,10 +66,15 @@ class Grid:
             return False
         if self.transform is None or other.transform is None:
             return self.transform is other.transform
-        corners = [(x, y) for x in (0, self.width) for y in (0, self.height)]
-        there = (~self.transform * (other.transform * corner) for corner in corners)
-        shifts = (np.subtract(a, b) for a, b in zip(corners, there, strict=True))
-        return max(float(np.abs(shift).max()) for shift in shifts) < _MAX_SHIFT
+        corners = np.array([(x, y) for x in (0, self.width) for y in (0, self.height)], float).T
+        there = place(~self.transform, *place(other.transform, *corners))
+        return bool(np.abs(there - corners).max() < _MAX_SHIFT)
+
+
+def place(transform: Any, x: Any, y: Any) -> NDArray[np.float64]:
+    """Apply an `affine.Affine`: (2, ...) of x and y. Its own operator changes with its version."""
+    t = transform
+    return np.stack([t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f])
 
 
 class PlainImage:

@@ -9,7 +9,7 @@ FLOORS = {
     "errors": 0, "file_lock": 0, "transforms": 0, "fusion": 0, "config": 1, "layouts": 1,
     "image_io": 1, "sample_data": 1, "hardware": 1, "encoders": 1, "model": 2, "sources": 2,
     "data_check": 2, "metrics": 2, "pretrained": 2, "tracking": 2, "losses": 3, "optimizer": 3,
-    "checkpoint": 3, "dataset": 3, "engine": 3, "sample_run": 3, "raster": 2, "polygons": 2,
+    "checkpoint": 3, "dataset": 3, "engine": 3, "sample_run": 3, "raster": 2, "polygons": 3,
     "inference": 4, "run_folder": 4, "visualize": 4, "maps": 5, "recorder": 5, "main": 6,
     "predict": 6,
 }  # fmt: skip

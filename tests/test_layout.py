@@ -11,7 +11,7 @@ FLOORS = {
     "data_check": 2, "metrics": 2, "pretrained": 2, "tracking": 2, "losses": 3, "optimizer": 3,
     "checkpoint": 3, "dataset": 3, "engine": 3, "sample_run": 3, "raster": 2, "polygons": 3,
     "inference": 4, "run_folder": 4, "visualize": 4, "maps": 5, "recorder": 5, "main": 6,
-    "predict": 6,
+    "predict": 6, "export": 6,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
 OPTIONAL = {
@@ -19,6 +19,7 @@ OPTIONAL = {
     "raster": {"rasterio"},
     "polygons": {"rasterio"},
     "maps": {"rasterio"},
+    "export": {"onnx", "onnx_ir", "onnxruntime", "onnxscript"},
 }  # imported where they are asked for, with a remedy
 # What each part of the science may not know of
 IGNORANT = {

@@ -40,7 +40,7 @@ def write_scene(path: Path, size: int, seed: int) -> None:
             file.write(rows, window=((top, top + num_rows), (0, size)))
 
 
-def run(folder: Path, size: int, device: str, backbone: str, batch_size: int) -> None:
+def run(folder: Path, device: str, backbone: str, batch_size: int) -> None:
     """Predict one scene, and print its seconds and the most bytes that were held."""
     kwargs: dict[str, Any] = {"backbone": backbone, "freeze_backbone": False}
     torch.manual_seed(0)
@@ -69,8 +69,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.only:
-        size = int(arguments.only)
-        run(arguments.folder, size, arguments.device, arguments.backbone, arguments.batch)
+        run(arguments.folder, arguments.device, arguments.backbone, arguments.batch)
         return
     growth = []
     for size in arguments.sizes:

@@ -94,12 +94,8 @@ def main() -> None:
             f"  {int(peak) / 1e9:5.2f} GB at most",
             flush=True,
         )
-    about = {
-        "backbone": arguments.backbone,
-        "batch": arguments.batch,
-        "windows": "512, overlap 128",
-    }
-    measure.save("scene", {**about, "growth": growth}, arguments)
+        about = {"backbone": arguments.backbone, "batch": arguments.batch, "growth": growth}
+        measure.save("scene", about, arguments)  # each time: the large ones take long
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from errors import UserError
@@ -96,11 +96,10 @@ def parse(
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
-    for name, words in (switches or {}).items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, action="store_true", dest=name, help=words)
-    argv = list(map(_hyphens, sys.argv[1:] if argv is None else argv))
-    given = vars(parser.parse_intermixed_args(argv))
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_intermixed_args(words))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
         names = {field.name for field, _ in _fields(config_class)}
@@ -212,7 +211,8 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -
     if rule["bare"]:
         words |= {"nargs": "?", "const": rule["bare"]}
     if typing.get_origin(kind) is tuple:
-        words |= {"type": _int_tuple, "metavar": "N,N"}
+        element = typing.get_args(kind)[0]
+        words |= {"type": _tuple_of(element), "metavar": "N,N" if element is int else "X,X"}
     else:
         words |= {"type": kind}
         if not rule["choices"]:
@@ -248,9 +248,14 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _int_tuple(text: str) -> tuple[int, ...]:
+def _tuple_of(element: type) -> Callable[[str], tuple[Any, ...]]:
     """'0,128,255' -> (0, 128, 255)."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 0,255") from None
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(element(word) for word in text.split(","))
+        except ValueError:
+            kind = "whole numbers, such as 0,255" if element is int else "numbers, such as 0,0.5"
+            raise argparse.ArgumentTypeError(f"{text!r}: give {kind}") from None
+
+    return read

@@ -159,6 +159,8 @@ def predict_bands(
 
 def channels_first(image: Image) -> Tensor:
     """Turn an image (H, W, 3) or (3, H, W), uint8 or float32, into a tensor (3, H, W)."""
+    if isinstance(image, np.ndarray) and not image.flags.writeable:
+        image = image.copy()  # such as Pillow's; PyTorch warns of sharing them
     tensor = torch.as_tensor(image)
     if tensor.ndim != 3 or 3 not in (tensor.shape[0], tensor.shape[-1]):
         raise ValueError(f"an image is {tuple(tensor.shape)}; give (H, W, 3) or (3, H, W)")

@@ -22,6 +22,7 @@ class Small:
     kind: str = option("a", "a choice", choices=("a", "b"))
     where: str | None = option(None, "a place", bare="auto", resumable=True, aliases=["--place"])
     values: tuple[int, ...] | None = option(None, "numbers")
+    limits: tuple[float, ...] | None = option(None, "numbers with fractions")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ def test_positionals_round_trip_and_show_in_help(capsys: pytest.CaptureFixture) 
 
 def test_only_given_flags_come_back() -> None:
     assert cli.parse(Small, []) == {}
-    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255"
+    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255 --limits 0,0.5"
     argv = line.split()
     assert cli.parse(Small, argv) == {
         "count": 4, "rate": 2.0, "fast": True, "maybe": False, "kind": "b", "where": "auto",
-        "values": (0, 128, 255),
+        "values": (0, 128, 255), "limits": (0.0, 0.5),
     }  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def test_underscores_and_aliases_are_the_same_flag() -> None:
         ("--side 33", "--side 33: give a multiple of 32"),
         ("--kind c", "choose from"),
         ("--values 0;1", "give whole numbers, such as 0,255"),
+        ("--limits 0,x", "'0,x': give numbers, such as 0,0.5"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
     ],
 )

@@ -10,13 +10,20 @@ FLOORS = {
     "classes": 1, "config": 1, "layouts": 1, "hardware": 1, "encoders": 1,
     "image_io": 2, "sample_data": 2, "model": 2, "pretrained": 2, "tracking": 2,
     "sources": 3, "data_check": 3, "metrics": 3, "optimizer": 3, "checkpoint": 3, "sample_run": 3,
-    "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4, "corruptions": 4, "counts": 4,
-    "visualize": 5, "catalogue": 5, "inference": 5, "matrices": 6, "attention": 6, "protocols": 6,
-    "recorder": 7, "evaluation": 7, "plots": 8, "score_report": 8, "evaluation_record": 9,
-    "main": 10, "evaluate": 10,
+    "raster": 3, "polygons": 4, "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
+    "corruptions": 4, "counts": 4, "inference": 5, "visualize": 5, "catalogue": 5, "matrices": 6,
+    "attention": 6, "maps": 6, "protocols": 6, "recorder": 7, "evaluation": 7, "plots": 8,
+    "score_report": 8, "evaluation_record": 9,
+    "main": 10, "evaluate": 10, "predict": 10, "export": 10,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
-OPTIONAL = {"encoders": {"timm"}}  # imported where they are asked for, with a remedy
+OPTIONAL = {
+    "encoders": {"timm"},
+    "raster": {"rasterio"},
+    "polygons": {"rasterio"},
+    "maps": {"rasterio"},
+    "export": {"onnx", "onnx_ir", "onnxruntime", "onnxscript"},
+}  # imported where they are asked for, with a remedy
 # What each part of the science may not know of
 IGNORANT = {
     "model": {"argparse", "mlflow", "config", "tracking", "engine"},

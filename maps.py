@@ -33,6 +33,7 @@ from raster import Bools, Bytes, Grid, Scene
 from visualize import PALETTE
 
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
+SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
 PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
 _TINT = 0.45  # how much of a changed pixel's colour is its class's
 _TILE = 512
@@ -201,6 +202,8 @@ class Overlay:
     def __init__(self, path: Path, grid: Grid, palette: Sequence[Color]) -> None:
         self.path = path
         self.palette = np.array(palette, dtype=np.uint8)
+        if len(palette) == 2:
+            self.palette[1] = SINGLE  # a mask's white is lost on bright roofs
         self.step = -(-max(grid.height, grid.width) // PREVIEW_SIDE)
         shape = (-(-grid.height // self.step), -(-grid.width // self.step))
         self.picture = np.zeros((*shape, 3), dtype=np.uint8)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,26 @@ def test_threshold_and_float32(checkpoint: Path, tmp_path: Path) -> None:
     assert stored.dtype == np.float32
     mask = np.asarray(opened(tmp_path / "out" / "1_mask.png"))
     assert np.array_equal(mask, stored > 0.3)
+
+
+def test_threshold_of_an_evaluation_is_taken_and_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    best = shutil.copy(checkpoint, tmp_path / "best.pt")
+    files = [save(tmp_path / f"{i}.png", picture(i, 40, 40)) for i in (1, 2)]
+    scores = tmp_path / "evaluation" / "test" / "scores.json"
+    scores.parent.mkdir(parents=True)
+    point = {"points": {"default": {"threshold": None}, "val": {"threshold": 0.3125}}}
+    run_of = {"checkpoint": "runs/x/best.pt", "protocols": {"patches": {}, "sliding": point}}
+    scores.write_text(json.dumps({"runs": [run_of]}))
+    run(best, *files, tmp_path / "a", probability="float32")
+    assert "threshold 0.3125, chosen on val" in capsys.readouterr().out
+    stored = np.asarray(opened(tmp_path / "a" / "1_probability.tif"))
+    assert np.array_equal(np.asarray(opened(tmp_path / "a" / "1_mask.png")), stored > 0.3125)
+    os.utime(scores, (1, 1))  # older than the checkpoint
+    assert predict.stored_threshold(Path(best)) is None
+    scores.write_text("{")
+    assert predict.stored_threshold(Path(best)) is None
 
 
 def test_classes_have_values_a_palette_and_no_threshold(tmp_path: Path) -> None:

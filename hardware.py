@@ -80,7 +80,7 @@ def available_memory() -> int:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int, crop_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size") -> Iterator[None]:
     """Turn an exhausted device or machine into one line with what to try."""
     try:
         yield
@@ -88,9 +88,10 @@ def explain_out_of_memory(batch_size: int, crop_size: int) -> Iterator[None]:
         is_cpu = "can't allocate memory" in str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
             raise
+        accumulate = " --accumulate 2" if flag == "--crop-size" else ""
         raise UserError(
-            f"out of memory with --batch-size {batch_size} and --crop-size {crop_size}; try "
-            f"--batch-size {max(1, batch_size // 2)} --accumulate 2, or a smaller --crop-size"
+            f"out of memory with --batch-size {batch_size} and {flag} {side}; try "
+            f"--batch-size {max(1, batch_size // 2)}{accumulate}, or a smaller {flag}"
         ) from None
 
 

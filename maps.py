@@ -32,6 +32,7 @@ from polygons import write_polygons
 from raster import Bools, Bytes, Grid, Scene
 from visualize import PALETTE
 
+LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons")
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
 SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
 PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
@@ -273,7 +274,7 @@ class SceneMaps:
             )
             self.masks = [GeoTiffMap(self._path(m), grid, "uint8", kinds.palette) for m in layers]
         self.transitions: GeoTiffMap | None = None  # 256 from + to, for polygons alone
-        if grid.crs and kinds.task == "semantic":
+        if grid.has_place and kinds.task == "semantic":
             self.transitions = GeoTiffMap(folder / "transitions.tif", grid, "uint16", nodata=0)
         self.overlay = Overlay(folder / f"{name}_overlay.png", grid, kinds.palette)
 
@@ -305,7 +306,7 @@ class SceneMaps:
     def finish(self, min_area: float, fill_holes: float) -> int:
         """Complete all files; return the number of polygons, see `write_polygons`."""
         num_polygons = 0
-        if self.scene.grid.crs:
+        if self.scene.grid.has_place:
             classes = self.transitions or self.masks[0]
             assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
             classes.close()

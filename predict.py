@@ -64,7 +64,7 @@ from checkpoint import read_checkpoint, restore_model
 from errors import Interrupted, StopRequest, UserError, run_script
 from hardware import explain_out_of_memory, keep_freed_memory, pick_device
 from inference import predict_bands
-from maps import Kinds, SceneMaps, unfinished
+from maps import LAYERS, Kinds, SceneMaps, unfinished
 from raster import ENDINGS, open_scene
 
 
@@ -99,11 +99,13 @@ def predict(given: dict[str, Any]) -> list[dict[str, float]]:
         print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
         config = replace(config, threshold=threshold)
     if not config.overwrite:
-        there = [f for name, _, _ in pairs for f in sorted(out.glob(f"{_escaped(name)}_*"))]
+        endings = (".png", ".tif", ".geojson")
+        names = [f"{name}_{layer}{e}" for name, *_ in pairs for layer in LAYERS for e in endings]
+        there = next((out / name for name in names if (out / name).exists()), None)
         if there:
-            raise UserError(f"{there[0]}: is there already; --overwrite, or another --output-dir")
+            raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
     results: list[dict[str, float]] = []
-    with StopRequest() as stop, explain_out_of_memory(config.batch_size, config.window):
+    with StopRequest() as stop, explain_out_of_memory(config.batch_size, config.window, "--window"):
 
         def leave_if_asked() -> None:
             if stop.signal_number:
@@ -188,10 +190,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def predict_pair(
     model: nn.Module,
     kinds: Kinds,
@@ -266,7 +264,7 @@ def predict_pair(
     share, no_data = num_changed / max(num_valid, 1), 1 - num_valid / (grid.height * grid.width)
     print(
         f"{out / name}_*: {grid.width} x {grid.height}, {share:.2%} changed"
-        f"{f', {num_polygons} polygons' if grid.crs else ''}"
+        f"{f', {num_polygons} polygons' if grid.has_place else ''}"
         f"{f', {no_data:.1%} without data' if no_data else ''}"
         f", {megapixels / seconds:.2f} megapixels/s",
         flush=True,

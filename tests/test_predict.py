@@ -177,11 +177,12 @@ def test_folders_are_paired_by_stem(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_is_there_stays_unless_asked(checkpoint: Path, tmp_path: Path) -> None:
     files = [save(tmp_path / f"{i}.png", picture(i)) for i in (1, 2)]
+    save(tmp_path / "out" / "1_b_mask.png", picture(3))  # of another scene
     mine = save(tmp_path / "out" / "1_mask.png", picture(3))
     before = mine.read_bytes()
     with pytest.raises(UserError, match=r"1_mask\.png: is there already; --overwrite"):
         run(checkpoint, *files, tmp_path / "out")
-    assert mine.read_bytes() == before and len(list(mine.parent.iterdir())) == 1
+    assert mine.read_bytes() == before and len(list(mine.parent.iterdir())) == 2
     run(checkpoint, *files, tmp_path / "out", overwrite=True)
     assert mine.read_bytes() != before
 

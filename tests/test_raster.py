@@ -220,6 +220,15 @@ def test_u2_sixteen_bits_are_scaled_and_it_is_said(tmp_path: Path) -> None:
     assert np.abs(stretched[1] - expected).max() <= 1
 
 
+def test_a_grid_without_a_crs_of_the_earth_has_no_place_and_it_is_said(tmp_path: Path) -> None:
+    drawing = 'LOCAL_CS["site",UNIT["metre",1]]'
+    for crs in (None, drawing):
+        a = write_tif(tmp_path / "a.tif", bands_of(1), crs=crs)
+        with open_scene(a, a) as scene:
+            assert not scene.grid.has_place and scene.grid.transform is not None
+            assert "so there are no polygons" in scene.notes[0]
+
+
 def test_u2_complex_numbers_are_refused(tmp_path: Path) -> None:
     a = write_tif(tmp_path / "a.tif", np.zeros((1, 8, 8), dtype=np.complex64))
     with pytest.raises(UserError, match="complex numbers"):

@@ -223,13 +223,12 @@ class Overlay:
     def finish(self) -> None:
         """Save the picture."""
         is_change = self.classes > 0
-        color = self.palette[self.classes]
-        mixed = (1 - _TINT) * self.picture + _TINT * color
+        color = self.palette[self.classes[is_change]]
+        mixed = (1 - _TINT) * self.picture[is_change] + _TINT * color
         padded = np.pad(is_change, 1, mode="edge")
         inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        self.picture[is_change] = np.rint(mixed)[is_change].astype(np.uint8)
-        is_edge = is_change & ~inside
-        self.picture[is_edge] = color[is_edge]
+        is_edge = ~inside[is_change]
+        self.picture[is_change] = np.where(is_edge[:, None], color, np.rint(mixed)).astype(np.uint8)
         Image.fromarray(self.picture).save(self.path)
 
 

@@ -17,7 +17,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from errors import UserError
@@ -74,12 +74,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(config_class: type, argv: Sequence[str] | None = None, **about: Any) -> dict[str, Any]:
+def parse(
+    config_class: type,
+    argv: Sequence[str] | None = None,
+    *,
+    switches: Mapping[str, str] | None = None,
+    **about: Any,
+) -> dict[str, Any]:
     """Read the flags that a command line gives, exiting with code 2 on a bad one.
 
     Args:
         config_class: a frozen dataclass whose fields are `option`s.
         argv: the words after the script's name; `sys.argv[1:]` when None.
+        switches: flags that are no options of a run, with their help; a given one is True.
         about: passed to `argparse.ArgumentParser` (description, epilog).
 
     Returns:
@@ -89,11 +96,14 @@ def parse(config_class: type, argv: Sequence[str] | None = None, **about: Any) -
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     given = vars(parser.parse_intermixed_args(words))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
-        validate(config_class(**given))
+        names = {field.name for field, _ in _fields(config_class)}
+        validate(config_class(**{name: given[name] for name in names & set(given)}))
     except UserError as error:
         parser.error(str(error))
     return given

@@ -97,8 +97,9 @@ def parse(
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
     for name, text in (switches or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, action="store_true", dest=name, help=text)
+    words = list(map(_hyphens, sys.argv[1:] if argv is None else argv))
     given = vars(parser.parse_intermixed_args(words))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:

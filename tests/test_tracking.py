@@ -360,6 +360,43 @@ def test_resuming_continues_the_run(store: Path, run_dir: Path, warned: list[str
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FINISHED"])
+def test_a_guest_adds_to_a_run_and_leaves_its_status(
+    status: str, store: Path, run_dir: Path, warned: list[str]
+) -> None:
+    owner = track(run_dir, store)
+    owner.log({"loss": 1.0}, 1)
+    if status != "RUNNING":
+        owner.close(status)
+    before = client(store).get_run(owner.mlflow_run_id)
+    visit = make(run_dir / "evaluation" / "test")
+    more = {"mlflow_run_id": owner.mlflow_run_id, "guest": True, "config": {"other": 1}}
+    with track(visit, store, **more) as guest:
+        guest.log_scores({"evaluation/test/change_iou": 0.5, "none": math.nan}, 7)
+        guest.log_artifact(run_dir / "metrics.csv", "evaluation/test")
+    assert warned == [] and guest.mlflow_run_id == owner.mlflow_run_id
+    after = client(store).get_run(owner.mlflow_run_id)
+    assert after.info.status == status and after.info.end_time == before.info.end_time
+    assert after.data.params == before.data.params
+    assert after.data.metrics == {"loss": 1.0, "evaluation/test/change_iou": 0.5}
+    names = [f.path for f in client(store).list_artifacts(owner.mlflow_run_id, "evaluation/test")]
+    assert names == ["evaluation/test/metrics.csv"]
+    assert table(run_dir) == [{"step": "1", "loss": "1.0"}]
+    assert not (visit / "metrics.csv").exists() and list(visit.glob("*tfevents*"))
+    owner.close()
+
+
+def test_a_guest_of_an_unknown_run_says_what_it_belongs_to(store: Path, run_dir: Path) -> None:
+    with track(run_dir, store, mlflow_run_id="0" * 32, guest=True) as guest:
+        guest.log_scores({"x": 1.0}, 3)
+    run = client(store).get_run(guest.mlflow_run_id)
+    assert run.info.run_id != "0" * 32 and run.info.status == "FINISHED"
+    assert run.data.tags["evaluation_of"] == "0" * 32 and "resumed_from" not in run.data.tags
+    with track(run_dir, store, guest=True) as alone:
+        alone.log_scores({"x": 2.0}, 3)
+    assert "evaluation_of" not in client(store).get_run(alone.mlflow_run_id).data.tags
+
+
 @pytest.mark.parametrize("unknown", ["0" * 32, "not an id/"])
 def test_an_unknown_id_becomes_a_new_run_with_the_history(
     store: Path, run_dir: Path, unknown: str

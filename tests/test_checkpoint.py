@@ -48,6 +48,7 @@ def test_a_model_comes_back_as_it_was(model: SiameseUNet, state: dict, tmp_path:
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
+@pytest.mark.fault("C6")
 def test_c6_weights_of_a_compiled_model_keep_plain_names(model: SiameseUNet) -> None:
     compiled = build_model(**KWARGS)  # type: ignore[arg-type]
     compiled.compile()
@@ -62,6 +63,7 @@ def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
     assert read_checkpoint(previous_of(path))["model"]["w"][0] == 2
 
 
+@pytest.mark.fault("R18")
 def test_r18_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     save_checkpoint(path, tiny_state(1.0))
@@ -70,6 +72,7 @@ def test_r18_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None
     assert read_checkpoint(path)["model"]["w"][0] == 1
 
 
+@pytest.mark.fault("R4")
 def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, tiny_state(1.0))
@@ -92,6 +95,7 @@ def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize(
     "content", [b"", b"<html>404</html>", os.urandom(5000), b"PK\x03\x04broken"]
 )
@@ -102,6 +106,7 @@ def test_c1_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> 
         read_checkpoint(path)
 
 
+@pytest.mark.fault("C1")
 def test_c1_truncated_and_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(UserError, match="no such checkpoint"):
@@ -112,6 +117,7 @@ def test_c1_truncated_and_missing(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.fault("C2")
 def test_c2_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     save_checkpoint(path, tiny_state(1.0))
@@ -133,6 +139,7 @@ class Evil:
         return (Path.touch, (self.target,))
 
 
+@pytest.mark.fault("C3")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_c3_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "touched"
@@ -144,6 +151,7 @@ def test_c3_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
     assert not target.exists()
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize("key", ["format", "model", "model_kwargs", "config", "data"])
 def test_c4_missing_keys_are_named(key: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
@@ -154,6 +162,7 @@ def test_c4_missing_keys_are_named(key: str, tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.fault("C4")
 def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     weights = dict(state["model"])
@@ -169,6 +178,7 @@ def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> No
         load_model(path)
 
 
+@pytest.mark.fault("C9")
 def test_c9_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({**tiny_state(), "format": 2, "versions": {"repository": "9.9"}}, path)
@@ -176,6 +186,7 @@ def test_c9_newer_format_is_refused(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.fault("C7")
 def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:

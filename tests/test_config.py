@@ -41,6 +41,7 @@ def test_underscores_and_aliases_are_the_same_flag() -> None:
     }
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -66,6 +67,7 @@ def test_dict_round_trip_through_json() -> None:
     assert cli.from_dict(Small, json.loads(json.dumps(cli.as_dict(config)))) == config
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize(
     "values", [{"colour": 1}, {"count": "3"}, {"count": 0}, {"kind": "c"}, {"fast": "yes"}]
 )

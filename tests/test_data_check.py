@@ -46,6 +46,7 @@ def test_classes_of_a_multi_class_set(tmp_path: Path) -> None:
     assert summary.splits["val"].class_pixels == (768, 0, 256)
 
 
+@pytest.mark.fault("D2", "D3")
 def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
     train = save_tree(tmp_path, train=4, val=1) / "train"
     save(train / "B" / "train_0.png", picture(9, 32, 31))
@@ -64,6 +65,7 @@ def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
         assert sum(name in line for line in rest) == 1
 
 
+@pytest.mark.fault("D6")
 @pytest.mark.parametrize("value", [254, 128, 2])
 def test_d6_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
     save_tree(tmp_path, train=2, val=2)
@@ -84,6 +86,7 @@ def test_the_coding_is_told_from_all_files(tmp_path: Path) -> None:
     assert checked(tmp_path, mask_values=(0, 1)).coding.values == (0, 1)  # 255 is ignored
 
 
+@pytest.mark.fault("D14")
 @pytest.mark.parametrize(("value", "said"), [(0, "no change"), (255, "nothing but change")])
 def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
     save_tree(tmp_path, train=1, val=1)
@@ -93,6 +96,7 @@ def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said:
     assert said in warning
 
 
+@pytest.mark.fault("D9")
 def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     pixels = np.asarray(Image.open(tmp_path / "train" / "A" / "train_1.png"))
@@ -103,6 +107,7 @@ def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
     assert "train_1.png" in warning
 
 
+@pytest.mark.fault("D5")
 def test_d5_jpeg_labels_are_said_once(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     for path in list(tmp_path.glob("*/label/*.png")):
@@ -134,6 +139,7 @@ def test_fingerprint_knows_names_and_pixels(tmp_path: Path, change: str) -> None
     assert (checked(tmp_path).fingerprint == before) == (change in ("nothing", "touch"))
 
 
+@pytest.mark.fault("D13")
 def test_memo_reads_nothing_twice_and_notices_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +178,7 @@ def test_a_corrupt_memo_is_ignored(tmp_path: Path, text: str) -> None:
     assert checked(data, memo=memo) == expected
 
 
+@pytest.mark.fault("D15")
 def test_d15_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     data = save_tree(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").write_text("")

@@ -42,6 +42,7 @@ def digest(batches: Iterable[Iterable[Tensor]]) -> list[str]:
     ]
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.parametrize("crop_size", [32, 256])
 def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
     dataset = ChangeDataset(source, crop_size=crop_size)
@@ -67,6 +68,7 @@ def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size
         assert whole[0].sum() == whole[0][inside].sum()  # padding is black
 
 
+@pytest.mark.fault("D10")
 def test_d10_training_crops_of_any_size(source: FileSource) -> None:
     augment = Augment(brightness=0, contrast=0, saturation=0)
     dataset = ChangeDataset(source, crop_size=32, augment=augment)
@@ -99,6 +101,7 @@ def test_as_many_crops_as_patches(source: FileSource) -> None:
     assert len(grid) == 1 + 2 + 1 + 2 + 6
 
 
+@pytest.mark.fault("R22")
 def test_a_sample_is_a_function_of_seed_epoch_and_index(source: FileSource) -> None:
     def sample(seed: int, epoch: int, index: int) -> list[str]:
         dataset = ChangeDataset(source, crop_size=32, augment=Augment(), seed=seed)
@@ -159,6 +162,7 @@ def test_order_depends_on_seed_and_epoch_and_goes_on_in_the_middle() -> None:
     assert all(epoch == 3 for batch in batches(0, 3) for epoch, _ in batch)
 
 
+@pytest.mark.fault("R22")
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_r22_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
     seen = []
@@ -183,6 +187,7 @@ def test_a_source_and_a_dataset_can_be_pickled(source: FileSource) -> None:
     assert digest([copy[1, 4]]) == digest([dataset[1, 4]])
 
 
+@pytest.mark.fault("D13")
 @pytest.mark.parametrize("spoil", ["delete", "shrink", "repaint", "truncate"])
 def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
     source = source_of(tmp_path, [(32, 32), (32, 32)])
@@ -202,6 +207,7 @@ def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: st
         dataset[1]
 
 
+@pytest.mark.fault("R6")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
     source = source_of(tmp_path, [(32, 32)])
@@ -217,6 +223,7 @@ def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: 
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.fault("D2")
 def test_sizes_that_differ_within_a_pair(tmp_path: Path) -> None:
     source = source_of(tmp_path, [(32, 32)])
     save(source.pairs[0].after, picture(1, 16, 32))

@@ -36,6 +36,7 @@ def test_success_is_0_and_our_own_faults_keep_their_traceback() -> None:
         fail(ZeroDivisionError())
 
 
+@pytest.mark.fault("R3")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_r3_first_signal_is_noted_and_its_echo_ignored(
     number: signal.Signals, capsys: pytest.CaptureFixture
@@ -50,6 +51,7 @@ def test_r3_first_signal_is_noted_and_its_echo_ignored(
     assert capsys.readouterr().err.count("stopping after this step") == 1
 
 
+@pytest.mark.fault("R3")
 def test_r3_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr("errors.time.monotonic", lambda: now[0])

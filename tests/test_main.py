@@ -141,6 +141,7 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
+@pytest.mark.fault("R22")
 def test_r22_the_seed_decides(tree: Path, tmp_path: Path) -> None:
     for name, more in (("a", {}), ("b", {"workers": 1}), ("c", {"seed": 1})):
         train(options(tree, epochs=1, name=name, **more))
@@ -149,6 +150,7 @@ def test_r22_the_seed_decides(tree: Path, tmp_path: Path) -> None:
     assert a != c
 
 
+@pytest.mark.fault("R11")
 def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     with pytest.raises(UserError, match="all 1 epochs are done; --epochs N adds more"):
@@ -157,6 +159,7 @@ def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == ["1", "2"]
 
 
+@pytest.mark.fault("R10")
 def test_r10_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     with pytest.raises(UserError, match="keeps its options; --batch-size: 2, now 3"):
@@ -166,6 +169,7 @@ def test_r10_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
         train({"resume": "auto", "epochs": 2, "data_dir": str(other)})
 
 
+@pytest.mark.fault("R23")
 def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     moved = tmp_path / "else where"
@@ -176,12 +180,14 @@ def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "a").exists()
 
 
+@pytest.mark.fault("R10")
 def test_r10_precision_may_change(tree: Path) -> None:
     train(options(tree, epochs=1))
     train({"resume": "auto", "epochs": 2, "amp": "bf16"})
     train({"resume": "auto", "epochs": 3, "amp": "fp16"})
 
 
+@pytest.mark.fault("C4")
 def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     (tmp_path / "downloads").mkdir()
@@ -192,6 +198,7 @@ def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Pa
     assert (tmp_path / "downloads" / "config.json").read_text() == "mine"
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize(
     "change",
     [
@@ -219,6 +226,7 @@ def test_c4_a_checkpoint_with_wrong_entries_is_refused(
         train({"resume": str(path), "epochs": 2})
 
 
+@pytest.mark.fault("R7")
 def test_r7_out_of_memory_says_what_to_try(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +238,7 @@ def test_r7_out_of_memory_says_what_to_try(
         train(options(tree))
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -247,12 +256,14 @@ def test_r16_mistakes_are_found_before_any_work(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("R9")
 def test_r9_a_run_is_never_overwritten(tree: Path, tmp_path: Path) -> None:
     for _ in range(2):
         train(options(tree, epochs=1, name="a"))
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"a", "a-2"}
 
 
+@pytest.mark.fault("R15")
 def test_without_weights_real_data_stops_before_anything_is_written(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +273,7 @@ def test_without_weights_real_data_stops_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D7")
 def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -> None:
     (tree / "val" / "B").rename(tree / "val" / "Z")
     with pytest.raises(UserError, match="has no folder for after"):
@@ -269,6 +281,7 @@ def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D10")
 def test_d10_mixed_sizes_train(tmp_path: Path) -> None:
     tree = save_tree(tmp_path / "mixed", size=(40, 70), train=2, val=1)
     save_pair(tree / "train", "small", 7, size=(17, 33))
@@ -356,6 +369,7 @@ def test_sample_data_is_called_so_however_it_was_found(
     assert "these are not LEVIR-CD results" in capsys.readouterr().out
 
 
+@pytest.mark.fault("R15")
 def test_weights_that_were_asked_for_are_not_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +379,7 @@ def test_weights_that_were_asked_for_are_not_done_without(
         train({"weights": "imagenet", "workers": 0, "mlflow": False})
 
 
+@pytest.mark.fault("R5")
 def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     kept = (tmp_path / "runs" / "a" / "last.pt").read_bytes()
@@ -377,6 +392,7 @@ def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path)
     assert (tmp_path / "runs" / "a" / "last.pt").read_bytes() == kept
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -402,6 +418,7 @@ def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D13")
 @pytest.mark.slow
 def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
     tree: Path, tmp_path: Path
@@ -422,6 +439,7 @@ def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
     assert "train_3.png: is gone" in errors and "Traceback" not in errors
 
 
+@pytest.mark.fault("R3")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_r3_a_real_signal_saves_and_says_how_to_go_on(

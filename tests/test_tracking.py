@@ -162,6 +162,7 @@ def test_a_new_column_widens_the_table(run_dir: Path) -> None:
     ]
 
 
+@pytest.mark.fault("R21")
 def test_resuming_drops_the_rows_that_come_again(run_dir: Path) -> None:
     with without_mlflow(run_dir) as tracker:
         for step in (1, 2, 3):
@@ -174,6 +175,7 @@ def test_resuming_drops_the_rows_that_come_again(run_dir: Path) -> None:
     assert [row["loss"] for row in table(run_dir)] == [repr(1 / 3), repr(2 / 3), "9.0"]
 
 
+@pytest.mark.fault("R4")
 def test_a_full_disk_costs_one_warning_and_no_row(
     run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +249,7 @@ def test_the_pr_curve_has_exact_counts(run_dir: Path) -> None:
     assert recall == pytest.approx([1, 0.9, 0.7, 0.4, 0])
 
 
+@pytest.mark.fault("R19")
 @pytest.mark.parametrize("package", ["torch.utils.tensorboard", "tensorboard"])
 def test_without_tensorboard_the_table_is_written(
     run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch, package: str
@@ -262,6 +265,7 @@ def test_without_tensorboard_the_table_is_written(
     assert warned[0].startswith("TensorBoard: ")
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_events_on_a_full_disk_cost_one_warning(
     run_dir: Path, warned: list[str], capfd: pytest.CaptureFixture[str]
@@ -340,6 +344,7 @@ def test_an_exception_becomes_the_status(
     assert client(store).get_run(tracker.mlflow_run_id).info.status == status
 
 
+@pytest.mark.fault("R19", "R21")
 def test_resuming_continues_the_run(store: Path, run_dir: Path, warned: list[str]) -> None:
     killed = track(run_dir, store)  # never closed, like a killed one
     killed.log({"loss": 1.0, "bad": math.nan}, 1)
@@ -360,6 +365,7 @@ def test_resuming_continues_the_run(store: Path, run_dir: Path, warned: list[str
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.fault("R21")
 @pytest.mark.parametrize("unknown", ["0" * 32, "not an id/"])
 def test_an_unknown_id_becomes_a_new_run_with_the_history(
     store: Path, run_dir: Path, unknown: str
@@ -376,6 +382,7 @@ def test_an_unknown_id_becomes_a_new_run_with_the_history(
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.25)]
 
 
+@pytest.mark.fault("R19")
 def test_a_deleted_database_costs_one_warning(
     store: Path, run_dir: Path, warned: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,6 +399,7 @@ def test_a_deleted_database_costs_one_warning(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.fault("R8", "R19")
 def test_what_a_locked_database_refused_is_sent_later(
     store: Path, run_dir: Path, warned: list[str]
 ) -> None:
@@ -409,6 +417,7 @@ def test_what_a_locked_database_refused_is_sent_later(
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.fault("R8")
 def test_three_failures_are_enough(store: Path, run_dir: Path, warned: list[str]) -> None:
     calls = []
 
@@ -426,6 +435,7 @@ def test_three_failures_are_enough(store: Path, run_dir: Path, warned: list[str]
     assert warned == ["MLflow: server says no at https://host/api (the run goes on without)"]
 
 
+@pytest.mark.fault("R8")
 def test_an_unreachable_server_is_asked_once(
     tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -455,6 +465,7 @@ def test_an_unreachable_server_is_asked_once(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.fault("R19")
 def test_without_mlflow_the_table_is_written(
     tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +492,7 @@ def test_mlflow_can_be_left_out(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.fault("R25")
 def test_no_secret_is_written(store: Path, run_dir: Path) -> None:
     secret = "https://me:hunter2@host/data?token=hunter2#hunter2"
     config = {"data_dir": secret, "nested": {"source": f"see {secret}"}}
@@ -497,6 +509,7 @@ def test_no_secret_is_written(store: Path, run_dir: Path) -> None:
     assert "https://host/data" in client(store).get_run(tracker.mlflow_run_id).data.params.values()
 
 
+@pytest.mark.fault("R25")
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -550,6 +563,7 @@ with Tracker(run_dir, config={}, tags={}, store=store) as tracker:
 """
 
 
+@pytest.mark.fault("R20")
 @pytest.mark.slow
 def test_three_processes_may_create_the_store_at_once(tmp_path: Path) -> None:
     store = make(tmp_path / "new störe")

@@ -26,6 +26,7 @@ class Config:
     # fmt: off
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
+    download: bool = option(False, "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/", resumable=True)  # noqa: E501
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
     num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=250)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
@@ -81,6 +82,7 @@ from tqdm import tqdm
 from checkpoint import load_model, restore, versions
 from data_check import DataSummary, check
 from dataset import ChangeDataset, PairLoader, make_loader
+from download import fetch_dataset
 from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
 from errors import Interrupted, StopRequest, UserError, run_script
 from hardware import (
@@ -120,6 +122,9 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
 
+    if config.download:
+        folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
+        config = replace(config, data_dir=str(folder), download=False)
     layout = find_pairs(config.data_dir or choose_data(ROOT / "data", config.num_classes or 1))
     on_sample = is_sample(layout.root)
     if on_sample and not state and config.weights == "imagenet" and "weights" not in given:

@@ -359,6 +359,27 @@ def test_data_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert choose_data(data, num_classes=1) == data
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_downloads_then_trains_and_is_resumed_without(
+    named: bool, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine" if named else tmp_path / "data" / "LEVIR-CD"
+    asked = []
+
+    def fetch(where: Path) -> Path:
+        asked.append(where)
+        where.parent.mkdir(exist_ok=True)
+        return tree.rename(where)
+
+    monkeypatch.setattr(main, "fetch_dataset", fetch)
+    given = {**SMALL, "download": True, "epochs": 1, "name": "a"}
+    train({**given, "data_dir": str(folder)} if named else given)
+    assert asked == [folder]
+    assert read_checkpoint(tmp_path / "runs" / "a" / "last.pt")["config"]["data_dir"] == str(folder)
+    train({"resume": "auto", "epochs": 2})
+    assert asked == [folder]
+
+
 def test_sample_data_is_called_so_however_it_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

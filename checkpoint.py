@@ -13,11 +13,11 @@ No random state is kept, for there is none: order, crops and augmentation are fu
 
 import os
 import platform
+import reprlib
 import shutil
-import zipfile
 from collections.abc import Mapping, ValuesView
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torchvision
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from errors import UserError
 from model import SiameseUNet, build_model
+from torch_file import read_torch_file
 
 FORMAT = 1
 VERSION = "0.1.0"  # of this repository, as in CHANGELOG.md
@@ -79,15 +80,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the check sums
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} fails its check sum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # zipfile and torch.load raise a dozen types for hostile files; none may reach the user
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        state = read_torch_file(path, checked=True)
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not one of our checkpoints, it holds a {type(state).__name__}")
     for key, kind in REQUIRED.items():
@@ -124,12 +119,19 @@ def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:
     """Build the model that a checkpoint describes and fill it.
 
     Raises:
-        UserError: its weights do not fit its own description.
+        UserError: the description is none of a model, or its weights do not fit it.
     """
+    known = get_type_hints(build_model)
+    for name, value in state["model_kwargs"].items():
+        if name not in known or name == "return":
+            raise UserError(f"{source}: its model cannot be built ({name!r} is unknown here)")
+        if type(value) is not known[name]:
+            raise UserError(f"{source}: its model cannot be built ({name} is {_short(value)})")
     try:
         model = build_model(**state["model_kwargs"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: its model cannot be built ({error})") from None
+    except (UserError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: its model cannot be built ({reason})") from None
     restore({"model": model}, state, source)
     return model
 
@@ -156,6 +158,9 @@ def versions() -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "platform": platform.platform(),
     }
+
+
+_short = reprlib.Repr().repr  # a hostile value may be as long as it likes
 
 
 def _tensors(value: object) -> list[Tensor]:

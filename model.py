@@ -33,6 +33,7 @@ __all__ = ["ENCODERS", "FUSIONS", "TASKS", "Encoder", "SemanticUNet", "SiameseUN
 # scores no higher (EXPERIMENTS.md).
 WIDTHS = {2: 16, 4: 32, 8: 128, 16: 256, 32: 256}
 FINEST = 2  # stride of the decoder's last map
+MAX_CLASSES = 250  # a mask holds bytes, and 255 is none
 
 
 class DecoderBlock(nn.Module):
@@ -171,9 +172,11 @@ def build_model(
         freeze_backbone: keep the encoder's weights and statistics fixed.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or no number of classes.
     """
     check_names(task, backbone, fusion)
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(f"num_classes is {num_classes}; give 1 to {MAX_CLASSES}")
     model = TASKS[task](build_encoder(backbone), FUSIONS[fusion], num_classes)
     _initialize(model)
     if freeze_backbone:

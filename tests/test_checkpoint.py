@@ -178,6 +178,67 @@ def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> No
         load_model(path)
 
 
+@pytest.mark.fault("C4")
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"num_classes": 10**9}, "num_classes is 1000000000"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"num_classes": 2.0}, r"num_classes is 2\.0"),
+        ({"num_classes": [1]}, "num_classes"),
+        ({"freeze_backbone": "yes"}, "freeze_backbone is 'yes'"),
+        ({"backbone": "../../etc/passwd"}, "choose one of"),
+        ({"backbone": ["resnet18"]}, "backbone is"),
+        ({"backbone": "timm:hf-hub:someone/something"}, "choose one of"),
+        ({"backbone": "timm:local-dir:/tmp"}, "choose one of"),
+        ({"backbone": "timm:../x"}, "choose one of"),
+        ({"fusion": "concat\n"}, "choose one of"),
+        ({"task": "__class__"}, "choose one of"),
+        ({"encoder": "x"}, "'encoder' is unknown"),
+        ({7: 7}, "7 is unknown"),
+    ],
+)
+def test_c4_a_hostile_description_is_refused_before_anything_is_built(
+    kwargs: dict, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr("model.build_encoder", build)
+    path = tmp_path / "x.pt"
+    torch.save({"format": 1, **tiny_state(), "model_kwargs": {**KWARGS, **kwargs}}, path)
+    with pytest.raises(UserError, match=says) as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.fault("C7")
+def test_a_packed_checkpoint_is_no_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, tiny_state())
+    with zipfile.ZipFile(path) as archive:
+        content = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data if "/data/" not in name else bytes(10**8))
+    assert path.stat().st_size < 10**6
+    with pytest.raises(UserError, match="holds more than its size"):
+        read_checkpoint(path)
+
+
+@pytest.mark.fault("C6")
+def test_saved_on_a_gpu_loads_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    with monkeypatch.context() as patch:  # what torch writes for a tensor there
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:3")
+        save_checkpoint(path, tiny_state(1.0))
+    assert b"cuda:3" in path.read_bytes()
+    weight = read_checkpoint(path)["model"]["w"]
+    assert weight.device.type == "cpu" and weight[0] == 1
+
+
 @pytest.mark.fault("C9")
 def test_c9_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"

@@ -69,10 +69,27 @@ def test_dict_round_trip_through_json() -> None:
 
 @pytest.mark.fault("C4")
 @pytest.mark.parametrize(
-    "values", [{"colour": 1}, {"count": "3"}, {"count": 0}, {"kind": "c"}, {"fast": "yes"}]
+    "values",
+    [
+        {"colour": 1},
+        {"count": "3"},
+        {"count": 0},
+        {"count": True},
+        {"rate": False},
+        {"kind": "c"},
+        {"kind": ["a"]},
+        {"fast": "yes"},
+        {"fast": 1},
+        {"where": 7},
+        {"values": [0, "x"]},
+        {"values": [0, [1]]},
+        {"values": [True]},
+        {"values": 5},
+        {7: 7},
+    ],
 )
 def test_c4_wrong_config_is_named(values: dict) -> None:
-    with pytest.raises(UserError, match=next(iter(values))):
+    with pytest.raises(UserError, match=str(next(iter(values)))):
         cli.from_dict(Small, values)
 
 

@@ -157,6 +157,23 @@ def test_d11_a_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
         read_size(path)
 
 
+@pytest.mark.fault("D3")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",  # runs Ghostscript
+        b"P6 1 1 255 abc",
+        b"SIMPLE  =                    T" + b" " * 2850,
+    ],
+)
+def test_formats_that_are_not_ours_are_not_even_tried(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    for read in (read_size, read_image, read_label):
+        with pytest.raises(UserError, match="cannot be read as an image.*replace or remove"):
+            read(path)
+
+
 @pytest.mark.fault("D13")
 def test_d13_a_file_that_is_gone(tmp_path: Path) -> None:
     for read in (read_image, read_label, read_size):

@@ -20,6 +20,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+class DataFault(UserError):
+    """A file went or changed while a run was using it, or a process that reads them died.
+
+    It is raised where a batch is asked for, so the state of a run is whole and can be saved.
+    """
+
+
 class DivergedError(UserError):
     """Training left the finite numbers; the last good checkpoint is kept."""
 

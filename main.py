@@ -6,8 +6,8 @@ trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py 
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ from data_check import DataSummary, check
 from dataset import ChangeDataset, PairLoader, make_loader
 from download import fetch_dataset
 from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
-from errors import Interrupted, StopRequest, UserError, run_script
+from errors import DataFault, Interrupted, StopRequest, UserError, run_script
 from hardware import (
     default_workers,
     describe,
@@ -196,10 +196,23 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 stop.signal_number,
             )
 
+    @contextmanager
+    def saved_if_data_fails() -> Iterator[None]:
+        try:
+            yield
+        except DataFault as fault:
+            if progress.epoch == config.epochs:  # only pictures were still to be drawn
+                raise
+            check_finite(progress)
+            path = recorder.save("last.pt", learner.parts(), best)
+            again = f"saved {path}, go on with: python main.py --resume '{run_dir}'"
+            raise UserError(f"{fault}; {again}") from None
+
     # ---- train
     with (
         StopRequest() as stop,
         recorder,
+        saved_if_data_fails(),
         closing(data.train),
         closing(data.val),
         explain_out_of_memory(config.batch_size, config.crop_size),
@@ -309,6 +322,7 @@ def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
             shuffle=augment is not None,
             seed=config.seed,
             num_workers=default_workers() if config.workers is None else config.workers,
+            group=config.accumulate if augment else 1,
             device=device,
         )
 

@@ -1,8 +1,10 @@
 """Patches, crops, order and loaders: two ways to the same bytes wherever there are two ways."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from data_helpers import mask_of, picture, save, save_pair, save_tree
 from torch import Tensor
 
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
-from errors import UserError
+from errors import DataFault, UserError
 from image_io import IGNORE, MaskCoding
 from layouts import find_pairs
 from sources import FileSource
@@ -221,6 +223,49 @@ def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: 
         list(loader)
     assert str(error.value).startswith(f"{gone}: is gone")
     assert len(str(error.value).splitlines()) == 1
+
+
+class Deadly(FileSource):
+    """Ends its process, as the system's memory killer or a crash in a decoder does."""
+
+    def planes(self, number: int) -> torch.Tensor:
+        if number == 3:
+            os._exit(3) if self.pairs[0].name == "p0" else os.kill(os.getpid(), signal.SIGKILL)
+        return super().planes(number)
+
+
+@pytest.mark.fault("R6")
+@pytest.mark.parametrize(("first", "says"), [("p0", "code 3"), ("q0", "signal 9")])
+def test_r6_a_worker_that_dies_is_one_clear_line(first: str, says: str, tmp_path: Path) -> None:
+    files = source_of(tmp_path, [(32, 32)] * 5)
+    pairs = [dataclasses.replace(pair, name=f"{first[0]}{i}") for i, pair in enumerate(files.pairs)]
+    dataset = ChangeDataset(Deadly(pairs, CODING), crop_size=32)
+    loader = make_loader(dataset, 1, shuffle=False, num_workers=2)
+    got = []
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataFault, match=rf"{says}.*p3\.png of .*--workers 0") as error:
+        for batch in loader:
+            got.append(batch)
+            # torch would raise here, amid a step, as soon as a child ends
+            assert signal.getsignal(signal.SIGCHLD) is before
+    assert len(got) in (1, 3)  # its last batch may not have left it
+    assert len(str(error.value).splitlines()) == 1
+    assert loader._iterator is None
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_is_met_between_two_groups(tmp_path: Path, num_workers: int) -> None:
+    source = source_of(tmp_path, [(32, 32)] * 7)
+    dataset = ChangeDataset(source, crop_size=32)
+    loader = make_loader(dataset, 1, shuffle=False, num_workers=num_workers, group=3)
+    assert len(list(loader)) == 7
+    source.pairs[4].before.unlink()
+    got = []
+    with pytest.raises(DataFault, match=r"p4\.png: is gone"):
+        for batch in loader:
+            got.append(batch)
+    assert len(got) == 3
 
 
 @pytest.mark.fault("D2")

@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from errors import DivergedError, Interrupted, UserError
 from main import train
 from pretrained import WeightsUnavailableError
 from sample_run import FROM_SCRATCH, choose_data
+from sources import FileSource
 
 SCRIPT = Path(main.__file__)
 SMALL = {
@@ -157,6 +159,44 @@ def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
         train({"resume": "auto"})
     train({"resume": str(tmp_path / "runs" / "a"), "epochs": 2})
     assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == ["1", "2"]
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_d13_a_file_that_goes_costs_nothing_once_it_is_back(
+    accumulate: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tree, epochs=2, accumulate=accumulate, cache="none", draw_every=1)
+    train({**given, "name": "straight"})
+    check, looks = FileSource.check_unchanged, 0
+
+    def lose(self: FileSource, number: int) -> None:
+        nonlocal looks
+        looks -= 1
+        if looks == 0:
+            self.pairs[number].after.rename(tmp_path / "lost.png")
+            lost.append(self.pairs[number].after)
+        check(self, number)
+
+    monkeypatch.setattr(FileSource, "check_unchanged", lose)
+    # six looks are an epoch of training, two its validation, two its picture: in the second
+    # epoch's second and third batch, in its validation, and where it is drawn
+    for at in (10 + 3, 10 + 6, 10 + 7, 10 + 9):
+        lost: list[Path] = []
+        looks, run = at, tmp_path / "runs" / f"at-{at}"
+        with pytest.raises(UserError) as error:
+            train({**given, "name": run.name})
+        assert re.fullmatch(
+            rf"{lost[0]}: is gone .*; saved {run}/last.pt, go on with: .*--resume '{run}'",
+            str(error.value),
+        )
+        (tmp_path / "lost.png").rename(lost[0])
+        train({"resume": str(run)})
+        assert rows(run) == rows(tmp_path / "runs" / "straight")
+        for file in ("last.pt", "best.pt"):
+            first = read_checkpoint(tmp_path / "runs" / "straight" / file)
+            assert_equal(first["model"], read_checkpoint(run / file)["model"])
+    assert read_checkpoint(run / "last.pt")["progress"]["epoch"] == 2
 
 
 @pytest.mark.fault("R10")
@@ -457,7 +497,10 @@ def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
             break
     _, errors = run.communicate(timeout=60)  # a process that waits for its workers hangs here
     assert run.returncode == 2
-    assert "train_3.png: is gone" in errors and "Traceback" not in errors
+    assert errors.count("train_3.png: is gone") == 1 and "Traceback" not in errors
+    assert "go on with: python main.py --resume" in errors
+    state = read_checkpoint(next((tmp_path / "runs").glob("*/last.pt")))
+    assert state["progress"]["epoch"] >= 1
 
 
 @pytest.mark.fault("R3")

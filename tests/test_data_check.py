@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,57 @@ def test_a_corrupt_memo_is_ignored(tmp_path: Path, text: str) -> None:
     assert checked(data, memo=memo) == expected
     memo.write_text(json.dumps({key: [] for key in json.loads(memo.read_text())}))
     assert checked(data, memo=memo) == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"size": [0, 5]},
+        {"size": [1, 2, 3]},
+        {"pixels": {"256": 4}},
+        {"pixels": {"0": -4}},
+        {"pixels": {"0": 1.5}},
+        {"uniform": [1]},
+        {"digest": 5},
+        {"stamp": "now"},
+    ],
+)
+def test_a_record_that_cannot_be_is_ignored(tmp_path: Path, record: dict) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    expected = checked(data, memo=memo)
+    content = json.loads(memo.read_text())
+    for kinds in content.values():
+        for known in kinds.values():
+            known.update(record)
+    memo.write_text(json.dumps(content))
+    assert checked(data, memo=memo) == expected
+    memo.write_text("[" * 100_000)  # deeper than Python can go
+    assert checked(data, memo=memo) == expected
+
+
+def test_the_memo_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memo = tmp_path / "memo.json"
+    first = save_tree(tmp_path / "a", train=2, val=1)
+    second = save_tree(tmp_path / "b", train=1, val=1)
+    for root in (first, second):
+        checked(root, memo=memo)
+    assert len(json.loads(memo.read_text())) == 9 + 6
+    for _ in range(3):  # another state of a file takes the place of the one before
+        save(first / "val" / "B" / "val_0.png", picture(7))
+        checked(first, memo=memo)
+    assert len(json.loads(memo.read_text())) == 15
+    for crop_size in range(10, 60, 10):  # each counts other patches
+        checked(first, memo=memo, crop_size=crop_size)
+    content = json.loads(memo.read_text())
+    assert {len(kinds) for kinds in content.values()} == {1, data_check.MAX_KINDS}
+    shutil.rmtree(second)
+    third = save_tree(tmp_path / "c", train=1, val=1)
+    checked(third, memo=memo)
+    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"a", "c"}
+    monkeypatch.setattr(data_check, "MAX_FILES", 6)
+    save(third / "val" / "B" / "val_0.png", picture(7))
+    checked(third, memo=memo)
+    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"c"}
 
 
 @pytest.mark.fault("D15")

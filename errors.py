@@ -7,11 +7,14 @@
 130  Ctrl-C, after a checkpoint was saved;  143  SIGTERM, likewise
 """
 
+import errno
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write does not say of which file
 
 
 class UserError(Exception):
@@ -88,9 +91,10 @@ def run_script(script: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)

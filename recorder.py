@@ -45,6 +45,7 @@ class Recorder:
         self.val_set = val_set
         self.picture = picture
         self.is_sample = is_sample
+        self.not_drawn: set[Path] = set()  # of which it was said
 
     def __enter__(self) -> "Recorder":
         self.tracker.__enter__()
@@ -78,7 +79,9 @@ class Recorder:
             try:
                 save_figure(figure, path)
             except OSError as error:  # a picture is no reason to lose a run
-                print(f"warning: {path}: not drawn ({error.strerror})")
+                if path not in self.not_drawn:
+                    print(f"warning: {path}: not drawn ({error.strerror})")
+                self.not_drawn.add(path)
 
     def log_epoch(
         self,

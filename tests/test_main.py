@@ -202,8 +202,14 @@ def test_d13_a_file_that_goes_costs_nothing_once_it_is_back(
 @pytest.mark.fault("R10")
 def test_r10_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
-    with pytest.raises(UserError, match="keeps its options; --batch-size: 2, now 3"):
-        train({"resume": "auto", "epochs": 2, "batch_size": 3})
+    for option, value, says in (
+        ("batch_size", 3, "--batch-size: 2, now 3"),
+        ("num_classes", 3, "--num-classes: 1, now 3"),
+        ("backbone", "resnet34", "--backbone: resnet18, now resnet34"),
+        ("mask_values", (0, 1), "--mask-values: None, now 0,1"),
+    ):
+        with pytest.raises(UserError, match=f"keeps its options; {says}"):
+            train({"resume": "auto", "epochs": 2, option: value})
     other = save_tree(tmp_path / "other", train=7, val=2)
     with pytest.raises(UserError, match="was trained on other data"):
         train({"resume": "auto", "epochs": 2, "data_dir": str(other)})

@@ -1,5 +1,6 @@
 import csv
 import errno
+import json
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,7 @@ def test_events_on_a_full_disk_cost_one_warning(
 # ---- MLflow
 
 
+@pytest.mark.fault("R19")
 def test_mlflow_has_the_whole_run(store: Path, run_dir: Path, warned: list[str]) -> None:
     # an old store in the working folder must not be taken
     make(Path.cwd() / "mlruns" / "0")
@@ -463,6 +466,64 @@ def test_an_unreachable_server_is_asked_once(
     assert "s3cret" not in warned[0]
     assert capfd.readouterr().err == ""
     assert not (tmp_path / "store").exists()
+
+
+class MlflowServer(ThreadingHTTPServer):
+    """As much of MLflow's protocol as a run needs, until it dies."""
+
+    daemon_threads = True
+    batches: list[int]
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: MlflowServer
+
+    def do_GET(self) -> None:
+        group = {"experiment_id": "1", "name": "x", "lifecycle_stage": "active"}
+        self.answer({"experiment": group} if "get-by-name" in self.path else {})
+
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        self.server.batches += [metric["step"] for metric in content.get("metrics", [])]
+        info = {"run_id": "r" * 32, "run_uuid": "r" * 32, "experiment_id": "1", "status": "RUNNING",
+                "start_time": 1, "lifecycle_stage": "active", "artifact_uri": "x"}  # fmt: skip
+        self.answer({"run": {"info": info, "data": {}}} if "runs/create" in self.path else {})
+
+    def answer(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.fault("R8")
+def test_a_server_that_dies_midway_costs_one_warning(
+    tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MlflowServer(("127.0.0.1", 0), Answer) as server:
+        server.batches = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        tracker = track(run_dir, tmp_path / "store")
+        for step in (1, 2):
+            tracker.log({"loss": 1.0}, step)
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        for step in range(3, 9):
+            tracker.log({"loss": 1.0}, step)
+        tracker.close()
+    assert server.batches == [1, 2]
+    assert tracker.mlflow_run_id == "r" * 32
+    assert len(warned) == 1 and warned[0].startswith("MLflow: ")
+    assert [row["step"] for row in table(run_dir)] == list("12345678")
+    assert "loss" in events(run_dir).Tags()["scalars"]
 
 
 @pytest.mark.fault("R19")

@@ -21,7 +21,8 @@ from typing import Any, get_type_hints
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from errors import UserError
 from model import SiameseUNet, build_model
@@ -29,6 +30,7 @@ from torch_file import read_torch_file
 
 FORMAT = 1
 VERSION = "0.1.0"  # of this repository, as in CHANGELOG.md
+MOMENTS, RATES = ("exp_avg", "exp_avg_sq"), ("lr", "initial_lr")  # in the states of AdamW
 REQUIRED = {"format": int, "model": dict, "model_kwargs": dict, "config": dict, "data": dict}
 
 
@@ -94,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise UserError(
             f"{path}: format {state['format']} is newer than this code's {FORMAT}; "
-            f"it was written by {state.get('versions') or 'a later version'}"
+            f"it was written by {_short(state.get('versions') or 'a later version')}"
         )
     return state
 
@@ -109,10 +111,69 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], source: str | Pa
         if name == "scaler" and not state.get(name):
             continue  # of a run that was not in float16
         try:
-            part.load_state_dict(state[name])
+            part.load_state_dict(_trusted(part, state[name]))
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{source}: its {name} does not fit this run ({reason})") from None
+
+
+def _trusted(part: Any, saved: Any) -> Any:
+    """Return the state of a part, with nothing in it that the part's own state does not have.
+
+    `load_state_dict` of torch's optimizers and schedulers takes whatever there is: a moment of
+    another shape than its weight made the fused AdamW write beyond it, and a schedule's attributes
+    may be any.
+    """
+    if isinstance(part, nn.Module):
+        return saved  # strict by itself
+    own = part.state_dict()
+    if not isinstance(part, Optimizer):
+        return _alike(saved, own)
+    # of its groups the rates alone: all else is what the run's options say
+    rates = [{k: v for k, v in group.items() if k in RATES} for group in own["param_groups"]]
+    rates = _alike(saved["param_groups"], rates)
+    groups = [group | rate for group, rate in zip(own["param_groups"], rates, strict=True)]
+    weights = [weight for group in part.param_groups for weight in group["params"]]
+    moments = {}
+    for number, entry in saved["state"].items():
+        weight = weights[number]
+        moments[number] = {
+            "step": _alike(entry["step"], torch.zeros(())),
+            # in the memory layout of the weight, whatever that of the saved one was
+            **{k: torch.empty_like(weight).copy_(_alike(entry[k], weight)) for k in MOMENTS},
+        }
+    return {"state": moments, "param_groups": groups}
+
+
+def _alike(saved: Any, own: Any) -> Any:
+    """Return `saved`, without what `own` lacks and with what only `own` has.
+
+    Raises:
+        ValueError: a part has another type, length or shape.
+    """
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            raise ValueError(f"{_short(saved)} is no dictionary")
+        # names that begin with _ come and go with torch's versions
+        if missing := [k for k in own if k not in saved and not k.startswith("_")]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return {k: _alike(saved[k], v) if k in saved else v for k, v in own.items()}
+    if isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            raise ValueError(f"{_short(saved)} is no list of {len(own)}")
+        return type(own)(_alike(*pair) for pair in zip(saved, own, strict=True))
+    if isinstance(own, Tensor):
+        fits = isinstance(saved, Tensor) and saved.shape == own.shape
+        if not fits or saved.layout != torch.strided or saved.is_complex():
+            raise ValueError(f"a tensor of shape {tuple(own.shape)} is another one")
+        return saved
+    if isinstance(own, float):
+        if type(saved) not in (float, int) or not abs(saved) < 2**63:
+            raise ValueError(f"{_short(saved)} is no number")
+        return float(saved)
+    if type(saved) is not type(own) or (isinstance(saved, int) and abs(saved) >= 2**63):
+        raise ValueError(f"{_short(saved)} is no {type(own).__name__}")
+    return saved
 
 
 def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:

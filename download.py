@@ -9,6 +9,7 @@ What a server sends is never trusted: its size is bounded by the disk, its conte
 check sum, and an archive may write below its own folder alone. What the user has is never touched.
 """
 
+import errno
 import hashlib
 import html
 import http.client
@@ -28,7 +29,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from errors import UserError
+from errors import FULL, UserError
 from file_lock import locked
 from layouts import ENDINGS, find_pairs
 
@@ -381,6 +382,7 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises:
         UserError: it is broken, or has an entry that would be written elsewhere, is a link or a
             device, or is larger than pictures can be; nothing outside `folder` is touched.
+        OSError: the disk is full or read-only.
     """
     try:
         with zipfile.ZipFile(archive) as content:
@@ -392,9 +394,11 @@ def unpack(archive: Path, folder: Path) -> None:
             for entry in tqdm(entries, f"unpack {archive.name}", disable=None, leave=False):
                 if Path(entry.filename).suffix.lower() in ENDINGS:  # what else may be inside
                     content.extract(entry, folder)  # checks each file's CRC
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (*FULL, errno.EACCES, errno.EROFS):
+            raise  # the disk's fault
         # zipfile raises a dozen types for hostile files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{archive}: cannot be unpacked ({reason}); delete it") from None

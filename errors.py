@@ -83,18 +83,25 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def visible(text: str) -> str:
+    """Escape what a terminal would obey: messages repeat names and values of foreign files."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def run_script(script: Callable[[], object]) -> int:
     """Run a script's body and turn its end into an exit code, without a traceback for users."""
     try:
         script()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        print(f"error: {visible(where)}{error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)

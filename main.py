@@ -143,7 +143,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         if state["data"]["fingerprint"] != data.checked.fingerprint:
             raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
         restore(learner.parts(), state, last)
-        best, run_dir = state["best"], last.parent
+        best, run_dir = {**best, **state["best"]}, last.parent
         if progress.epoch >= config.epochs:
             raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
     else:

@@ -95,10 +95,13 @@ def _check_entries(path: Path, state: dict[str, Any]) -> None:
     if not (
         isinstance(state.get("weights"), str)
         and isinstance(best, dict)
-        and isinstance(best.get("change_iou"), float)
-        and isinstance(best.get("epoch"), int)
+        and {"epoch", "change_iou"} <= best.keys()
+        and isinstance(best["epoch"], int)
+        and all(type(v) in (int, float) and abs(v) < 2**63 for v in best.values())
+        and all(isinstance(name, str) for name in best)
         and isinstance(state["data"].get("fingerprint"), str)
         and isinstance(state.get("progress"), dict)
+        and isinstance(state.get("mlflow_run_id"), str | None)
     ):
         raise UserError(f"{path}: lacks entries of a run; resume from a last.pt of ours")
     if best["epoch"] > 0 and not (path.parent / "best.pt").is_file():

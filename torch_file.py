@@ -1,5 +1,6 @@
 """Read what `torch.save` wrote, whoever did: no code runs, no memory beyond the file's size."""
 
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def read_torch_file(path: Path, *, checked: bool) -> Any:
                 if damaged := archive.testzip():  # torch.load does not look at the check sums
                     raise zipfile.BadZipFile(f"{damaged} fails its check sum")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's message tells how to load the file nevertheless, in bold: that runs its code
+        raise ValueError("it is damaged, or holds more than tensors and plain values") from None
     except Exception as error:
         # zipfile and torch.load raise a dozen types for hostile files; none may reach the user
         raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from None

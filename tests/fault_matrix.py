@@ -7,6 +7,7 @@ row without a test, and `python tests/fault_matrix.py` lists rows and tests.
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROWS = {
@@ -83,6 +84,7 @@ ROWS = {
 TESTS = Path(__file__).parent
 
 
+@cache
 def covered_by() -> dict[str, list[str]]:
     """Return the tests of each row as file::function, read from their decorators."""
     found: dict[str, list[str]] = defaultdict(list)

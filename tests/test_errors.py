@@ -17,6 +17,8 @@ def fail(error: BaseException) -> int:
     ("error", "code", "line"),
     [
         (UserError("x.png: too big"), 2, "error: x.png: too big\n"),
+        (UserError("\x1b[2Jx\ud800\r: gone\nü"), 2, "error: \\x1b[2Jx\\ud800\\r: gone\nü\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (DivergedError("loss"), 3, "error: loss\n"),
         (Interrupted("saved", signal.SIGINT), 130, "saved\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "saved\n"),

@@ -257,6 +257,47 @@ def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "outside").exists()
 
 
+@pytest.mark.fault("C4")
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(3),  # shorter than its weight: the fused AdamW read and wrote beyond it
+        torch.zeros(()).expand(400, 300).T,  # 120,000 numbers in four bytes
+        torch.zeros(300, 400).to_sparse(),
+        torch.zeros(300, 400, device="meta"),
+        [0.0],
+        None,
+    ],
+)
+def test_an_optimizers_state_cannot_reach_beyond_its_weights(entry: str, value: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(300, 400))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0][entry] = value
+    try:
+        restore({"optimizer": optimizer}, {"optimizer": saved}, "run.pt")
+    except UserError as error:
+        assert "its optimizer does not fit" in str(error)
+        return
+    moments = optimizer.state_dict()["state"][0]
+    assert entry != "step" and moments[entry].untyped_storage().nbytes() == weight.nbytes
+    optimizer.step()
+
+
+@pytest.mark.fault("C4")
+def test_a_schedule_keeps_its_methods() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    saved = {**scheduler.state_dict(), "step": "no function", "get_lr": None, "last_epoch": 7}
+    restore({"scheduler": scheduler}, {"scheduler": saved}, "run.pt")
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.last_epoch == 8
+
+
 def test_restore_names_the_part() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="run.pt: its optimizer does not fit"):

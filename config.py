@@ -14,7 +14,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from errors import UserError
@@ -66,12 +66,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(config_class: type, argv: Sequence[str] | None = None, **about: Any) -> dict[str, Any]:
+def parse(
+    config_class: type,
+    argv: Sequence[str] | None = None,
+    *,
+    switches: Mapping[str, str] | None = None,
+    **about: Any,
+) -> dict[str, Any]:
     """Read the flags that a command line gives, exiting with code 2 on a bad one.
 
     Args:
         config_class: a frozen dataclass whose fields are `option`s.
         argv: the words after the script's name; `sys.argv[1:]` when None.
+        switches: flags that are no options of a run, with their help; a given one is True.
         about: passed to `argparse.ArgumentParser` (description, epilog).
 
     Returns:
@@ -81,10 +88,12 @@ def parse(config_class: type, argv: Sequence[str] | None = None, **about: Any) -
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
-    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
-    given = vars(parser.parse_args(words))
+    for name, words in (switches or {}).items():
+        parser.add_argument(_flag(name), action="store_true", help=words)
+    given = vars(parser.parse_args(list(map(_hyphens, sys.argv[1:] if argv is None else argv))))
     try:
-        validate(config_class(**given))
+        names = {field.name for field, _ in _fields(config_class)}
+        validate(config_class(**{name: given[name] for name in names & set(given)}))
     except UserError as error:
         parser.error(str(error))
     return given

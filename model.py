@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classes import MAX_CLASSES
 from encoders import ENCODERS, Encoder, build_encoder, check_backbone
 from errors import UserError
 from fusion import FUSIONS, conv_norm_relu
@@ -33,7 +34,6 @@ __all__ = ["ENCODERS", "FUSIONS", "TASKS", "Encoder", "SemanticUNet", "SiameseUN
 # scores no higher (EXPERIMENTS.md).
 WIDTHS = {2: 16, 4: 32, 8: 128, 16: 256, 32: 256}
 FINEST = 2  # stride of the decoder's last map
-MAX_CLASSES = 250  # a mask holds bytes, and 255 is none
 
 
 class DecoderBlock(nn.Module):

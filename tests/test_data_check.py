@@ -12,14 +12,22 @@ from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
 import data_check
+from classes import Classes
 from data_check import DataSummary, check
 from errors import UserError
 from layouts import find_pairs
 
 
-def checked(root: Path, **options: object) -> DataSummary:
-    settings: dict = {"num_classes": 1, "crop_size": 16, **options}
-    return check(find_pairs(root), **settings)
+def checked(
+    root: Path,
+    *,
+    num_classes: int = 1,
+    mask_values: tuple[int, ...] | None = None,
+    crop_size: int = 16,
+    memo: Path | None = None,
+) -> DataSummary:
+    classes = Classes(num_classes, values=mask_values)
+    return check(find_pairs(root), classes, crop_size=crop_size, memo=memo)
 
 
 def test_numbers_of_a_split(tmp_path: Path) -> None:
@@ -146,10 +154,10 @@ def test_memo_reads_nothing_twice_and_notices_changes(
 ) -> None:
     read: list[Path] = []
 
-    def spy(original: Callable[[Path], object]) -> Callable[[Path], object]:
-        def reader(path: Path) -> object:
+    def spy(original: Callable[..., object]) -> Callable[..., object]:
+        def reader(path: Path, *rest: object) -> object:
             read.append(path)
-            return original(path)
+            return original(path, *rest)
 
         return reader
 

@@ -32,6 +32,7 @@ import config as cli
 import download
 import main
 from checkpoint import load_model, read_checkpoint, restore, save_checkpoint
+from classes import Classes, choose_classes
 from data_check import check
 from download import fetch, unpack
 from engine import Progress
@@ -244,7 +245,7 @@ def test_images_and_labels(times: int, tmp_path: Path) -> None:
                 assert isinstance(result, np.ndarray) and result.dtype == np.uint8
                 assert result.ndim == (3 if reader is read_image else 2)
         label = read_label(path)
-        coding = choose_mask_coding(set(np.unique(label).tolist()), 1, None, {})
+        coding = choose_mask_coding(set(np.unique(label).tolist()), Classes(1))
         assert set(np.unique(coding.decode(label, path))) <= {0, 1, 255}
 
     endings = st.sampled_from([".png", ".jpg", ".TIF", ".bmp"])
@@ -253,21 +254,37 @@ def test_images_and_labels(times: int, tmp_path: Path) -> None:
 
 
 @times
+@pytest.mark.fault("D5", "D6")
+def test_coloured_labels(times: int, tmp_path: Path) -> None:
+    def read(drawn: tuple[bytes, list[tuple[int, int, int]]]) -> None:
+        (tmp_path / "x.png").write_bytes(drawn[0])
+        indices = read_label(tmp_path / "x.png", drawn[1])
+        assert indices.dtype == np.uint8 and indices.ndim == 2
+
+    byte = st.sampled_from([0, 128, 255])
+    colors = st.lists(st.tuples(byte, byte, byte), min_size=2, max_size=9, unique=True)
+    files = damaged(*image_files()).map(with_good_sums)
+    fuzz(st.tuples(files, colors), 60 * times, read)
+
+
+@times
 @pytest.mark.fault("D6")
 def test_codings(times: int) -> None:
-    def choose(drawn: tuple[set[int], int, list[int] | None, bytes]) -> None:
-        found, num_classes, asked, content = drawn
-        coding = choose_mask_coding(found, num_classes, asked, {})
-        assert isinstance(coding, MaskCoding) and len(coding.values) == max(2, num_classes)
+    def choose(drawn: tuple[set[int], int, str, tuple[int, ...] | None, bytes]) -> None:
+        found, num_classes, task, asked, content = drawn
+        classes = Classes(num_classes, task, values=asked)
+        coding = choose_mask_coding(found, classes)
+        assert isinstance(coding, MaskCoding) and len(coding.values) == classes.num_labels
         raw = np.frombuffer(content, np.uint8).reshape(1, -1)
-        classes = coding.decode(raw, Path("x.png"))
-        assert set(np.unique(classes)) <= {*range(len(coding.values)), 255}
+        decoded = coding.decode(raw, Path("x.png"))
+        assert set(np.unique(decoded)) <= {*range(len(coding.values)), 255}
 
     numbers = st.integers(0, 255)
     some = st.sets(st.one_of(st.sampled_from([0, 1, 2, 128, 254, 255]), numbers), max_size=6)
-    asked = st.none() | st.lists(st.integers(-3, 300), max_size=4)
-    drawn = st.tuples(some, st.integers(1, 250), asked, st.binary(min_size=1, max_size=9))
-    fuzz(drawn, 100 * times, choose)
+    asked = st.none() | st.lists(st.integers(-3, 300), max_size=4).map(tuple)
+    tasks = st.sampled_from(["change", "semantic"])
+    content = st.binary(min_size=1, max_size=9)
+    fuzz(st.tuples(some, st.integers(1, 249), tasks, asked, content), 100 * times, choose)
 
 
 # ---- folders, lists, notes
@@ -305,16 +322,37 @@ def test_lists_and_names(times: int, tmp_path: Path) -> None:
 
 
 @times
+@pytest.mark.fault("D6")
+def test_class_files(times: int, tmp_path: Path) -> None:
+    def read(drawn: tuple[bytes, str, int | None]) -> None:
+        content, task, num_classes = drawn
+        (tmp_path / "classes.json").write_bytes(content)
+        classes = choose_classes(tmp_path, task=task, num_classes=num_classes)
+        assert classes.names is not None and len(classes.names) == classes.num_labels
+        assert (classes.values is None) != (classes.colors is None)
+
+    good: list[Any] = [
+        {"no change": 0, "road": 128, "building": 255},
+        {"unchanged": [255, 255, 255], "water": [0, 0, 255], "tree": [0, 255, 0]},
+    ]
+    changed = st.one_of(*map(with_change, good), values())
+    texts = changed.map(lambda value: json.dumps(value, default=str).encode())
+    files = st.one_of(damaged(*(json.dumps(g).encode() for g in good)), texts)
+    tasks = st.sampled_from(["change", "semantic"])
+    fuzz(st.tuples(files, tasks, st.none() | st.integers(1, 4)), 120 * times, read)
+
+
+@times
 @pytest.mark.fault("D13")
 def test_memos(times: int, tmp_path: Path) -> None:
     layout = find_pairs(save_tree(tmp_path / "data", train=1, val=1))
     memo = tmp_path / "memo.json"
-    expected = check(layout, memo=memo)
+    expected = check(layout, Classes(1), memo=memo)
     content = memo.read_bytes()
 
     def read(drawn: bytes) -> None:
         memo.write_bytes(drawn)
-        found = check(layout, memo=memo)
+        found = check(layout, Classes(1), memo=memo)
         if drawn.count(b"digest") < 6:  # a digit of a digest, or of a count, can be any other
             assert found == expected
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from classes import Classes
 from errors import UserError
 from image_io import (
     IGNORE,
@@ -223,7 +224,7 @@ def test_d5_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Imag
     path = save(tmp_path / f"x.{ending}", image)
     raw = read_label(path)
     assert raw.dtype == np.uint8
-    coding = choose_mask_coding(label_values(raw, path), 1)
+    coding = choose_mask_coding(label_values(raw, path), Classes(1))
     assert np.array_equal(coding.decode(raw, path), PLAIN // 255)
 
 
@@ -286,7 +287,7 @@ def test_d5_other_labels_are_refused(tmp_path: Path, image: Image.Image, said: s
 def test_coding_of_a_whole_dataset(
     found: set[int], num_classes: int, asked: tuple[int, ...] | None, expected: tuple[int, ...]
 ) -> None:
-    assert choose_mask_coding(found, num_classes, asked).values == expected
+    assert choose_mask_coding(found, Classes(num_classes, values=asked)).values == expected
 
 
 @pytest.mark.fault("D6")
@@ -309,7 +310,7 @@ def test_d6_values_that_are_no_class(
 ) -> None:
     examples = {value: Path(f"{value}.png") for value in found}
     with pytest.raises(UserError, match=said) as error:
-        choose_mask_coding(found, num_classes, asked, examples)
+        choose_mask_coding(found, Classes(num_classes, values=asked), examples)
     assert len(str(error.value).splitlines()) == 1
 
 

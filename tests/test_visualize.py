@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
+from image_io import MaskCoding
 from visualize import (
     FALSE_ALARM,
     HIT,
@@ -106,7 +107,7 @@ def test_sizes_may_differ_from_row_to_row() -> None:
         + (torch.zeros(n, n + 4, dtype=torch.uint8),)
         for n in (8, 20)
     ]
-    figure = prediction_grid(samples, [s[2] for s in samples], title="t")
+    figure = prediction_grid(samples, [s[2] for s in samples], MaskCoding((0, 255)), title="t")
     assert "no change, 0 px claimed" in figure.axes[4].get_title()
 
 

@@ -30,7 +30,7 @@ class Config:
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
     num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=249)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
-    crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
+    crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
 
     # model
     backbone: str = option("resnet50", "encoder")
@@ -59,7 +59,7 @@ class Config:
     amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"), resumable=True)  # noqa: E501
     compile: bool = option(False, "compile the model; pays on a GPU", resumable=True)
     cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"), resumable=True)  # noqa: E501
-    workers: int | None = option(None, "loader processes", short="-j", at_least=0, resumable=True)
+    workers: int | None = option(None, "loader processes", short="-j", at_least=0, at_most=1024, resumable=True)  # noqa: E501
 
     # run
     name: str | None = option(None, "of the run's folder; else date and backbone", resumable=True)

@@ -220,7 +220,8 @@ def _signals_of_children_kept() -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGCHLD)
     yield
-    signal.signal(signal.SIGCHLD, before)
+    if before is not None:  # else it is another library's, which Python cannot put back
+        signal.signal(signal.SIGCHLD, before)
 
 
 def make_loader(

@@ -273,11 +273,19 @@ def test_c4_a_checkpoint_with_wrong_entries_is_refused(
 
 
 @pytest.mark.fault("R7")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
 def test_r7_out_of_memory_says_what_to_try(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*args: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("main.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):

@@ -332,3 +332,29 @@ def test_255_is_ignored_where_it_is_no_class() -> None:
     raw = np.array([[0, 1, 255]], np.uint8)
     assert MaskCoding((0, 1)).decode(raw, Path("x.png")).tolist() == [[0, 1, IGNORE]]
     assert MaskCoding((0, 1, 255)).decode(raw, Path("x.png")).tolist() == [[0, 1, 2]]
+
+
+COLORS = ((255, 255, 255), (0, 0, 255), (128, 128, 128))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_coloured_labels_are_looked_up(mode: str, tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (9, 7))
+    image = Image.fromarray(np.array(COLORS, dtype=np.uint8)[classes])
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    path = save(tmp_path / "x.png", image)
+    assert np.array_equal(read_label(path, COLORS), classes)
+    coding = MaskCoding((0, 1, 2), colors=COLORS)
+    assert np.array_equal(coding.read(path), classes)
+    index = save(tmp_path / "index.png", classes.astype(np.uint8))  # the same without colours
+    assert np.array_equal(coding.read(index), classes)
+
+
+def test_unknown_colours_are_named(tmp_path: Path) -> None:
+    pixels = np.full((4, 4, 3), 255, np.uint8)
+    pixels[1, 2] = 1, 2, 3
+    path = save(tmp_path / "x.png", pixels)
+    with pytest.raises(UserError, match=r"x\.png: the colours \[1, 2, 3\] are no class"):
+        read_label(path, COLORS)
+    with pytest.raises(UserError, match=r"classes\.json"):
+        read_label(path)

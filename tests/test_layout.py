@@ -11,8 +11,8 @@ FLOORS = {
     "image_io": 2, "sample_data": 2, "model": 2, "pretrained": 2, "tracking": 2,
     "sources": 3, "data_check": 3, "metrics": 3, "optimizer": 3, "checkpoint": 3, "sample_run": 3,
     "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
-    "visualize": 5, "catalogue": 5, "matrices": 6, "recorder": 7, "main": 8,
     "torch_file": 0, "download": 2,
+    "visualize": 5, "catalogue": 5, "matrices": 6, "attention": 6, "recorder": 7, "main": 8,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
 OPTIONAL = {"encoders": {"timm"}}  # imported where they are asked for, with a remedy

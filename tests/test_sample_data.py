@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 import sample_data
+from classes import choose_classes
+from dataset import open_dataset
 from errors import UserError
 from sample_data import MARKER, SPLITS, make_pair, make_sample_set
 
@@ -250,3 +252,35 @@ def test_two_processes_at_once_make_one_set(tmp_path: Path, half_made: bool) -> 
     alone = make_sample_set(tmp_path / "alone", num_pairs=FEW, size=32)
     assert files_of(tmp_path / "set") == files_of(alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "set"]
+
+
+def test_labels_of_both_dates(tmp_path: Path) -> None:
+    told: set[int] = set()
+    for index in range(6):
+        before, after, first, second = make_pair(0, "train", index, size=128, kind="semantic")
+        change = make_pair(0, "train", index, size=128)
+        assert np.array_equal(before, change[0]) and np.array_equal(after, change[1])
+        assert np.array_equal(first == 0, second == 0)
+        assert (first != second)[first > 0].all()  # a change is one of class
+        built = (change[2] > 0) & (second == 5) & (first != 5)
+        gone = (change[2] > 0) & (first == 5) & (second != 5)
+        assert np.array_equal(built | gone, (change[2] > 0) & ((first == 5) != (second == 5)))
+        assert ((change[2] > 0) & ~(built | gone)).mean() < 0.01
+        told |= set(np.unique(second).tolist())
+    assert told == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_semantic_set_is_read_back_by_its_colours(tmp_path: Path) -> None:
+    root = make_sample_set(tmp_path / "s", num_pairs=FEW, size=48, kind="semantic")
+    classes = choose_classes(root, task="semantic")
+    assert classes.names == ("unchanged", "water", "ground", "low vegetation", "tree", "building")
+    dataset = open_dataset(root, "train", task="semantic", crop_size=48)
+    for index in range(2):
+        drawn = make_pair(0, "train", index, size=48, kind="semantic")
+        before, after, masks = dataset[index]
+        assert np.array_equal(before.permute(1, 2, 0), drawn[0])
+        assert np.array_equal(after.permute(1, 2, 0), drawn[1])
+        assert np.array_equal(masks, np.stack(drawn[2:]))
+    (root / "classes.json").unlink()
+    make_sample_set(root, num_pairs=FEW, size=48, kind="semantic")
+    assert (root / "classes.json").is_file()

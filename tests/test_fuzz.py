@@ -352,9 +352,7 @@ def test_memos(times: int, tmp_path: Path) -> None:
 
     def read(drawn: bytes) -> None:
         memo.write_bytes(drawn)
-        found = check(layout, Classes(1), memo=memo)
-        if drawn.count(b"digest") < 6:  # a digit of a digest, or of a count, can be any other
-            assert found == expected
+        assert check(layout, Classes(1), memo=memo) == expected
 
     other = with_change(json.loads(content)).map(
         lambda value: json.dumps(value, default=str).encode()

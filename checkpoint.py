@@ -108,7 +108,7 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], source: str | Pa
         UserError: an entry is missing or does not fit.
     """
     for name, part in parts.items():
-        if name == "scaler" and not state.get(name):
+        if name == "scaler" and isinstance(state.get(name, {}), dict) and not state.get(name):
             continue  # of a run that was not in float16
         try:
             part.load_state_dict(_trusted(part, state[name]))

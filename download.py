@@ -400,7 +400,7 @@ def unpack(archive: Path, folder: Path) -> None:
         if isinstance(error, OSError) and error.errno in (*FULL, errno.EACCES, errno.EROFS):
             raise  # the disk's fault
         # zipfile raises a dozen types for hostile files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{archive}: cannot be unpacked ({reason}); delete it") from None
 
 

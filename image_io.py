@@ -256,7 +256,8 @@ def _decoded(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(path), "it")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(path), "it")
+    reason = reason[:200]
     return UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
 
 

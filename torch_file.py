@@ -32,4 +32,6 @@ def read_torch_file(path: Path, *, checked: bool) -> Any:
         raise ValueError("it is damaged, or holds more than tensors and plain values") from None
     except Exception as error:
         # zipfile and torch.load raise a dozen types for hostile files; none may reach the user
-        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from None
+        raise ValueError(
+            (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        ) from None

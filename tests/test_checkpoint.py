@@ -298,6 +298,15 @@ def test_a_schedule_keeps_its_methods() -> None:
     assert scheduler.last_epoch == 8
 
 
+@pytest.mark.fault("C4")
+@pytest.mark.parametrize("state", [torch.zeros(2), [1], {"scale": torch.zeros(2)}, {"scale": 1.0}])
+def test_a_scaler_of_another_kind_is_refused(state: Any) -> None:
+    with pytest.raises(UserError, match="its scaler does not fit"):
+        restore({"scaler": torch.amp.GradScaler("cpu")}, {"scaler": state}, "run.pt")
+    for none in ({}, {"scaler": {}}):
+        restore({"scaler": torch.amp.GradScaler("cpu")}, none, "run.pt")
+
+
 def test_restore_names_the_part() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="run.pt: its optimizer does not fit"):

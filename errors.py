@@ -7,17 +7,27 @@
 130  Ctrl-C, after a checkpoint was saved;  143  SIGTERM, likewise
 """
 
+import errno
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write does not say of which file
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the value, the file and the remedy."""
 
     exit_code = 2
+
+
+class DataFault(UserError):
+    """A file went or changed while a run was using it, or a process that reads them died.
+
+    It is raised where a batch is asked for, so the state of a run is whole and can be saved.
+    """
 
 
 class DivergedError(UserError):
@@ -73,17 +83,25 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def visible(text: str) -> str:
+    """Escape what a terminal would obey: messages repeat names and values of foreign files."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def run_script(script: Callable[[], object]) -> int:
     """Run a script's body and turn its end into an exit code, without a traceback for users."""
     try:
         script()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {visible(where)}{error.strerror}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)

@@ -84,8 +84,9 @@ def explain_out_of_memory(batch_size: int, crop_size: int) -> Iterator[None]:
     """Turn an exhausted device or machine into one line with what to try."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
-        is_cpu = "can't allocate memory" in str(error)
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's has no type of its own
+        is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
             raise
         raise UserError(

@@ -6,8 +6,8 @@ trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py 
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ class Config:
     # fmt: off
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
+    download: bool = option(False, "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/", resumable=True)  # noqa: E501
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
     num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=249)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
-    crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
+    crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
 
     # model
     backbone: str = option("resnet50", "encoder; --list shows them all")
@@ -58,7 +59,7 @@ class Config:
     amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"), resumable=True)  # noqa: E501
     compile: bool = option(False, "compile the model; pays on a GPU", resumable=True)
     cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"), resumable=True)  # noqa: E501
-    workers: int | None = option(None, "loader processes", short="-j", at_least=0, resumable=True)
+    workers: int | None = option(None, "loader processes", short="-j", at_least=0, at_most=1024, resumable=True)  # noqa: E501
 
     # run
     name: str | None = option(None, "of the run's folder; else date and backbone", resumable=True)
@@ -84,8 +85,9 @@ from checkpoint import load_model, restore, versions
 from classes import Classes, choose_classes
 from data_check import DataSummary, check
 from dataset import ChangeDataset, PairLoader, make_loader
+from download import fetch_dataset
 from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
-from errors import Interrupted, StopRequest, UserError, run_script
+from errors import DataFault, Interrupted, StopRequest, UserError, run_script
 from hardware import (
     default_workers,
     describe,
@@ -123,6 +125,9 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
 
+    if config.download:
+        folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
+        config = replace(config, data_dir=str(folder), download=False)
     layout = find_pairs(
         config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes), config.task
     )
@@ -147,7 +152,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         if state["data"]["fingerprint"] != data.checked.fingerprint:
             raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
         restore(learner.parts(), state, last)
-        best, run_dir = state["best"], last.parent
+        best, run_dir = {**best, **state["best"]}, last.parent
         if progress.epoch >= config.epochs:
             raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
     else:
@@ -202,10 +207,23 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 stop.signal_number,
             )
 
+    @contextmanager
+    def saved_if_data_fails() -> Iterator[None]:
+        try:
+            yield
+        except DataFault as fault:
+            if progress.epoch == config.epochs:  # only pictures were still to be drawn
+                raise
+            check_finite(progress)
+            path = recorder.save("last.pt", learner.parts(), best)
+            again = f"saved {path}, go on with: python main.py --resume '{run_dir}'"
+            raise UserError(f"{fault}; {again}") from None
+
     # ---- train
     with (
         StopRequest() as stop,
         recorder,
+        saved_if_data_fails(),
         closing(data.train),
         closing(data.val),
         explain_out_of_memory(config.batch_size, config.crop_size),
@@ -328,6 +346,7 @@ def open_data(config: Config, layout: Layout, classes: Classes, device: torch.de
             shuffle=augment is not None,
             seed=config.seed,
             num_workers=default_workers() if config.workers is None else config.workers,
+            group=config.accumulate if augment else 1,
             device=device,
         )
 

@@ -105,8 +105,7 @@ class Predictor:
             for before, after, target in loader:
                 batch = self._forward(before, after)
                 truth = target.numpy().reshape(batch.classes.shape)
-                parts: tuple[NDArray[Any], ...]
-                parts = (batch.change, batch.kinds, batch.classes, truth)
+                parts: list[NDArray[Any]] = [batch.change, batch.kinds, batch.classes, truth]
                 for k in range(len(truth)):
                     number, top, left = next(places)
                     height, width = source.sizes[number]

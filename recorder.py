@@ -47,6 +47,7 @@ class Recorder:
         self.val_set = val_set
         self.picture = picture
         self.is_sample = is_sample
+        self.not_drawn: set[Path] = set()  # of which it was said
 
     def __enter__(self) -> "Recorder":
         self.tracker.__enter__()
@@ -115,7 +116,9 @@ class Recorder:
         try:
             save_figure(figure, path)
         except OSError as error:  # a picture is no reason to lose a run
-            print(f"warning: {path}: not drawn ({error.strerror})")
+            if path not in self.not_drawn:
+                print(f"warning: {path}: not drawn ({error.strerror})")
+            self.not_drawn.add(path)
 
     def summary(self, best: Mapping[str, Any], store: Path) -> str:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,13 @@ def _check_entries(path: Path, state: dict[str, Any]) -> None:
     if not (
         isinstance(state.get("weights"), str)
         and isinstance(best, dict)
-        and isinstance(best.get("change_iou"), float)
-        and isinstance(best.get("epoch"), int)
+        and {"epoch", "change_iou"} <= best.keys()
+        and isinstance(best["epoch"], int)
+        and all(type(v) in (int, float) and abs(v) < 2**63 for v in best.values())
+        and all(isinstance(name, str) for name in best)
         and isinstance(state["data"].get("fingerprint"), str)
         and isinstance(state.get("progress"), dict)
+        and isinstance(state.get("mlflow_run_id"), str | None)
     ):
         raise UserError(f"{path}: lacks entries of a run; resume from a last.pt of ours")
     if best["epoch"] > 0 and not (path.parent / "best.pt").is_file():
@@ -105,10 +109,20 @@ def _check_entries(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one move."""
+    """Write a JSON file in one move.
+
+    Raises:
+        UserError: the disk is full or read-only; what was there stays.
+    """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -94,6 +94,7 @@ def test_underscores_and_aliases_are_the_same_flag() -> None:
     }
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -120,11 +121,29 @@ def test_dict_round_trip_through_json() -> None:
     assert cli.from_dict(Small, json.loads(json.dumps(cli.as_dict(config)))) == config
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize(
-    "values", [{"colour": 1}, {"count": "3"}, {"count": 0}, {"kind": "c"}, {"fast": "yes"}]
+    "values",
+    [
+        {"colour": 1},
+        {"count": "3"},
+        {"count": 0},
+        {"count": True},
+        {"rate": False},
+        {"kind": "c"},
+        {"kind": ["a"]},
+        {"fast": "yes"},
+        {"fast": 1},
+        {"where": 7},
+        {"values": [0, "x"]},
+        {"values": [0, [1]]},
+        {"values": [True]},
+        {"values": 5},
+        {7: 7},
+    ],
 )
 def test_c4_wrong_config_is_named(values: dict) -> None:
-    with pytest.raises(UserError, match=next(iter(values))):
+    with pytest.raises(UserError, match=str(next(iter(values)))):
         cli.from_dict(Small, values)
 
 

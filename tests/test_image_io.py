@@ -35,6 +35,7 @@ def palette_image(indices: np.ndarray, colors: list[int]) -> Image.Image:
     return image
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
@@ -56,6 +57,7 @@ def test_d4_images(tmp_path: Path, image: Image.Image, expected: np.ndarray) -> 
     assert read_size(path) == (17, 33)
 
 
+@pytest.mark.fault("D4")
 def test_d4_a_transparent_palette(tmp_path: Path) -> None:  # Pillow would warn
     path = tmp_path / "x.png"
     palette_image(mask_of(8, 8, 1), [0, 0, 0, 9, 9, 9]).save(path, transparency=bytes([0, 128]))
@@ -63,6 +65,7 @@ def test_d4_a_transparent_palette(tmp_path: Path) -> None:  # Pillow would warn
     assert set(np.unique(read_label(path))) == {0, 9}
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
 def test_d4_images_that_are_converted(tmp_path: Path, mode: str) -> None:
     smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (64, 64, 3))
@@ -71,6 +74,7 @@ def test_d4_images_that_are_converted(tmp_path: Path, mode: str) -> None:
     assert np.abs(read_image(path).astype(int) - smooth).max() < 12
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_d4_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
@@ -86,6 +90,7 @@ def test_d4_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> N
     assert read_size(path) == turned[orientation].shape[:2]
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_d4_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
     path = save(tmp_path / "x.tif", Image.fromarray(GREY.astype(dtype) * 200))
@@ -116,6 +121,7 @@ def broken(path: Path, kind: str) -> Path:
 KINDS = ["truncated", "without an end", "empty", "HTML", "bit-flipped", "a bomb"]
 
 
+@pytest.mark.fault("D3")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read", [read_image, read_label])
 def test_d3_broken_files_are_named(
@@ -128,6 +134,7 @@ def test_d3_broken_files_are_named(
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.fault("D3")
 def test_d3_every_truncation_of_a_file_is_refused_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     whole = io.BytesIO()
@@ -143,6 +150,7 @@ def test_d3_every_truncation_of_a_file_is_refused_or_harmless(tmp_path: Path) ->
     assert refused > len(whole.getvalue()) - 40
 
 
+@pytest.mark.fault("D11")
 def test_d11_a_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
     path = broken(tmp_path / "bomb.png", "a bomb")
     assert path.stat().st_size < 60_000
@@ -150,6 +158,24 @@ def test_d11_a_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
         read_size(path)
 
 
+@pytest.mark.fault("D3")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",  # runs Ghostscript
+        b"P6 1 1 255 abc",
+        b"SIMPLE  =                    T" + b" " * 2850,
+    ],
+)
+def test_formats_that_are_not_ours_are_not_even_tried(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    for read in (read_size, read_image, read_label):
+        with pytest.raises(UserError, match="cannot be read as an image.*replace or remove"):
+            read(path)
+
+
+@pytest.mark.fault("D13")
 def test_d13_a_file_that_is_gone(tmp_path: Path) -> None:
     for read in (read_image, read_label, read_size):
         with pytest.raises(UserError, match="is gone"):
@@ -174,6 +200,7 @@ def test_reading_in_threads_leaves_the_warning_filters(tmp_path: Path) -> None:
 PLAIN = mask_of(17, 33)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize(
     ("ending", "image"),
     [
@@ -201,6 +228,7 @@ def test_d5_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Imag
     assert np.array_equal(coding.decode(raw, path), PLAIN // 255)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize("quality", [95, 75, 50, 30])
 def test_d5_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
     mask = np.kron(np.random.default_rng(0).integers(0, 2, (8, 8)), np.ones((21, 21)))
@@ -211,6 +239,7 @@ def test_d5_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
     assert np.array_equal(MaskCoding((0, 255)).decode(raw, path), mask)
 
 
+@pytest.mark.fault("D5")
 def test_d5_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.fromarray(mask_of(64, 64, 140)).save(path)
@@ -221,6 +250,7 @@ def test_d5_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
         label_values(read_label(path), path)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize(
     ("image", "said"),
     [
@@ -260,6 +290,7 @@ def test_coding_of_a_whole_dataset(
     assert choose_mask_coding(found, Classes(num_classes, values=asked)).values == expected
 
 
+@pytest.mark.fault("D6")
 @pytest.mark.parametrize(
     ("found", "num_classes", "asked", "said"),
     [
@@ -283,6 +314,7 @@ def test_d6_values_that_are_no_class(
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.fault("D6")
 def test_d6_decode_names_the_file_and_the_values() -> None:
     raw = np.array([[0, 254, 255]], np.uint8)
     with pytest.raises(UserError, match=r"y\.png.*254"):

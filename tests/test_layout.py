@@ -14,6 +14,7 @@ FLOORS = {
     "corruptions": 4, "counts": 4, "visualize": 5, "catalogue": 5, "inference": 5,
     "matrices": 6, "attention": 6, "protocols": 6, "maps": 6,
     "recorder": 7, "evaluation": 7, "plots": 8, "score_report": 8, "evaluation_record": 9,
+    "torch_file": 0, "download": 2,
     "main": 10, "evaluate": 10, "predict": 10, "export": 10,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}

@@ -78,6 +78,7 @@ def test_none_leaves_it_as_it_is_and_says_so(encoder: Encoder) -> None:
     assert torch.equal(first(encoder), before)
 
 
+@pytest.mark.fault("R15")
 def test_r15_wrong_files_are_refused_with_the_remedy(
     state: dict, encoder: Encoder, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_download_is_checked_and_kept(server: Server, state: dict, tmp_path: P
     assert torch.equal(download(url)["conv1.weight"], state["conv1.weight"])  # from the cache
 
 
+@pytest.mark.fault("R15")
 def test_r15_a_wrong_hash_or_a_page_instead_is_refused(server: Server, tmp_path: Path) -> None:
     server.content = b"<html>please log in</html>"
     url = f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth"
@@ -153,6 +155,7 @@ def test_r15_a_wrong_hash_or_a_page_instead_is_refused(server: Server, tmp_path:
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
+@pytest.mark.fault("R15")
 def test_r15_a_download_that_breaks_off_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.content, server.length = b"x" * 100, 1000
     url = f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth"
@@ -161,6 +164,7 @@ def test_r15_a_download_that_breaks_off_leaves_nothing(server: Server, tmp_path:
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
+@pytest.mark.fault("R15")
 def test_r15_a_broken_cached_file_names_itself(server: Server, tmp_path: Path) -> None:
     cached = tmp_path / "hub" / "checkpoints" / "resnet18-12345678.pth"
     cached.parent.mkdir(parents=True)
@@ -169,6 +173,7 @@ def test_r15_a_broken_cached_file_names_itself(server: Server, tmp_path: Path) -
         download(f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth")
 
 
+@pytest.mark.fault("R15")
 def test_r15_no_network_is_one_clear_error(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

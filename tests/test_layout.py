@@ -7,10 +7,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0, "file_lock": 0, "transforms": 0, "fusion": 0, "config": 1, "layouts": 1,
-    "image_io": 1, "sample_data": 1, "hardware": 1, "encoders": 1, "model": 2, "sources": 2,
-    "data_check": 2, "metrics": 2, "pretrained": 2, "tracking": 2, "losses": 3, "optimizer": 3,
-    "checkpoint": 3, "dataset": 3, "engine": 3, "sample_run": 3, "run_folder": 4, "visualize": 4,
-    "recorder": 5, "main": 6,
+    "image_io": 1, "sample_data": 1, "hardware": 1, "distributed": 1, "encoders": 1, "model": 2,
+    "sources": 2, "data_check": 2, "metrics": 2, "pretrained": 2, "tracking": 2,
+    "sync_batch_norm": 2, "losses": 3, "optimizer": 3, "checkpoint": 3, "dataset": 3, "engine": 3,
+    "sample_run": 3, "run_folder": 4, "visualize": 4, "recorder": 5, "main": 6,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
 OPTIONAL = {"encoders": {"timm"}}  # imported where they are asked for, with a remedy

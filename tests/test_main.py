@@ -92,6 +92,9 @@ class StopAfter:
     looks = 0
     number = signal.SIGTERM
 
+    def __init__(self, *, is_silent: bool) -> None:
+        assert not is_silent  # of a single process
+
     def __enter__(self) -> "StopAfter":
         return self
 

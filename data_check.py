@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from classes import Classes
 from errors import UserError
 from image_io import (
     Bytes,
@@ -36,6 +37,7 @@ class FileRecord:
         digest: of the decoded pixels.
         pixels: of a label, the number of pixels of each value.
         uniform: of a label, the number of grid patches that hold one value alone, by value.
+        outline: of a label, the digest of where it holds the value of class 0.
         fault: why it cannot be used.
     """
 
@@ -43,6 +45,7 @@ class FileRecord:
     digest: str = ""
     pixels: dict[int, int] = field(default_factory=dict)
     uniform: dict[int, int] = field(default_factory=dict)
+    outline: str = ""
     fault: str = ""
 
 
@@ -93,9 +96,8 @@ class DataSummary:
 
 def check(
     layout: Layout,
+    classes: Classes,
     *,
-    num_classes: int = 1,
-    mask_values: Sequence[int] | None = None,
     crop_size: int = 256,
     memo: Path | None = None,
 ) -> DataSummary:
@@ -103,8 +105,7 @@ def check(
 
     Args:
         layout: the pairs.
-        num_classes: K of the model.
-        mask_values: the value of class 0, 1, ...; told from the labels when None.
+        classes: what is known of the labels' classes.
         crop_size: side of the patches that are counted.
         memo: a JSON file to remember results in; not writable is no fault.
 
@@ -113,25 +114,28 @@ def check(
             values that are no class.
     """
     pairs = [pair for split in layout.splits.values() for pair in split]
-    jpeg_coding = MaskCoding((0, 128, 255) if num_classes == 3 else (0, 255))
+    jpeg_coding = MaskCoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
+    first_value = classes.values[0] if classes.values else 0
 
     def inspect_image(path: Path) -> FileRecord:
         image = read_image(path)
         return FileRecord(image.shape[:2], _digest(image))
 
     def inspect_label(path: Path) -> FileRecord:
-        raw = read_label(path)
+        raw = read_label(path, classes.colors)
         label_values(raw, path)
         if is_jpeg(path):
             raw = np.array(jpeg_coding.values, dtype=np.uint8)[jpeg_coding.decode(raw, path)]
-        return FileRecord(raw.shape, _digest(raw), _count(raw), _count_uniform(raw, crop_size))
+        outline = _digest(np.packbits(raw == first_value))
+        return FileRecord(
+            raw.shape, _digest(raw), _count(raw), _count_uniform(raw, crop_size), outline
+        )
 
     images = [path for pair in pairs for path in (pair.before, pair.after)]
     with _Memo(memo) as known:
         records = known.inspect(images, inspect_image, "image")
-        labels = known.inspect(
-            [pair.label for pair in pairs], inspect_label, f"label {num_classes} {crop_size}"
-        )
+        kind = f"label {classes.num_labels} {first_value} {crop_size} {classes.colors or ''}"
+        labels = known.inspect([p for pair in pairs for p in pair.labels], inspect_label, kind)
     records |= labels
     faults = [record.fault for record in records.values() if record.fault]
     faults += [fault for pair in pairs for fault in _size_faults(pair, records)]
@@ -139,10 +143,9 @@ def check(
         raise UserError(listing(f"{layout.root}: {len(faults)} faults in the data", sorted(faults)))
 
     examples = {value: path for path, record in labels.items() for value in record.pixels}
-    coding = choose_mask_coding(examples, num_classes, mask_values, examples)
+    coding = choose_mask_coding(examples, classes, examples)
     splits = {
-        name: _summarize([labels[pair.label] for pair in split], coding, crop_size)
-        for name, split in layout.splits.items()
+        name: _summarize(split, labels, coding, crop_size) for name, split in layout.splits.items()
     }
     warnings = [
         f"the {name} split holds {'no change' if share == 0 else 'nothing but change'}: "
@@ -152,9 +155,14 @@ def check(
     ]
     if jpegs := sum(is_jpeg(path) for path in labels):
         warnings.append(f"{jpegs} labels are JPEGs: their noise is snapped to {coding.values}")
+    if disagreeing := [p for p in pairs if len({labels[path].outline for path in p.labels}) > 1]:
+        warnings.append(
+            f"{len(disagreeing)} pairs have labels that disagree on where anything changed; such "
+            f"pixels are ignored ({disagreeing[0].label}, ...)"
+        )
     warnings += _twins(layout, records)
     content = [
-        (name, pair.name, *(records[p].digest for p in (pair.before, pair.after, pair.label)))
+        (name, pair.name, *(records[path].digest for path in pair.files))
         for name, split in layout.splits.items()
         for pair in split
     ]
@@ -237,7 +245,8 @@ def _from_json(record: dict) -> FileRecord:
         for name in ("pixels", "uniform")
     )
     height, width = record["size"]
-    return FileRecord((int(height), int(width)), str(record["digest"]), pixels, uniform)
+    outline = str(record["outline"])
+    return FileRecord((int(height), int(width)), str(record["digest"]), pixels, uniform, outline)
 
 
 def _digest(array: Bytes) -> str:
@@ -263,18 +272,22 @@ def _size_faults(pair: Pair, records: dict[Path, FileRecord]) -> list[str]:
     label = records[pair.label]
     return [
         f"{path}: {_text(records[path].size)}, but its label {pair.label} is {_text(label.size)}"
-        for path in (pair.before, pair.after)
+        for path in (pair.before, pair.after, *pair.labels[1:])
         if not records[path].fault and not label.fault and records[path].size != label.size
     ]
 
 
-def _summarize(labels: Sequence[FileRecord], coding: MaskCoding, side: int) -> SplitSummary:
+def _summarize(
+    split: Sequence[Pair], records: dict[Path, FileRecord], coding: MaskCoding, side: int
+) -> SplitSummary:
+    labels = [records[pair.label] for pair in split]
+    all_labels = [records[path] for pair in split for path in pair.labels]
     return SplitSummary(
         pairs=len(labels),
         sizes=tuple(sorted({label.size for label in labels})),
         patches=sum(-(-h // side) * -(-w // side) for h, w in (label.size for label in labels)),
         empty_patches=sum(label.uniform.get(coding.values[0], 0) for label in labels),
-        class_pixels=tuple(sum(label.pixels.get(v, 0) for label in labels) for v in coding.values),
+        class_pixels=tuple(sum(r.pixels.get(v, 0) for r in all_labels) for v in coding.values),
     )
 
 

@@ -1,6 +1,7 @@
 """Pairs of images as a PyTorch dataset, and the batches of an epoch.
 
-    sample    before (3, H, W) uint8, after (3, H, W) uint8, mask (H, W) uint8, 255 = ignore
+    sample    before (3, H, W) uint8, after (3, H, W) uint8, mask (H, W) uint8, 255 = ignore;
+              of semantic change the mask is (2, H, W): the classes before, the classes after
     batch     the same with B in front; bytes until the device: four times less to move
 
 Training takes random crops, as many per image and epoch as a grid of patches has; evaluation takes
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from classes import choose_classes
 from distributed import share, world_size
 from errors import UserError
 from image_io import IGNORE, choose_mask_coding, label_values, read_label
@@ -83,8 +85,8 @@ class ChangeDataset(Dataset[Sample]):
         height, width = planes.shape[-2:]
         right, bottom = self.crop_size - width, self.crop_size - height
         images = F.pad(planes[:6], (0, right, 0, bottom))
-        mask = F.pad(planes[6], (0, right, 0, bottom), value=IGNORE)
-        return images[:3], images[3:], mask
+        masks = F.pad(planes[6:], (0, right, 0, bottom), value=IGNORE)
+        return images[:3], images[3:], masks if len(masks) > 1 else masks[0]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -202,7 +204,8 @@ def open_dataset(
     root: str | Path,
     split: str = "val",
     *,
-    num_classes: int = 1,
+    task: str = "change",
+    num_classes: int | None = None,
     crop_size: int = 256,
     mask_values: Sequence[int] | None = None,
 ) -> ChangeDataset:
@@ -211,20 +214,27 @@ def open_dataset(
     Args:
         root: the dataset's folder, in any layout of `layouts.py`.
         split: "train", "val" or "test".
-        num_classes: 1 for binary.
+        task: "change", or "semantic" for labels of both dates.
+        num_classes: 1 for binary; None as `choose_classes` has it.
         crop_size: side of a patch.
         mask_values: the value of class 0, 1, ...; told from the labels when None.
 
     Raises:
-        UserError: as `find_pairs` and `choose_mask_coding`.
+        UserError: as `find_pairs`, `choose_classes` and `choose_mask_coding`.
     """
-    layout = find_pairs(root)
+    layout = find_pairs(root, task)
     if split not in layout.splits:
         raise UserError(f"{layout.root}: has no {split} split, only {', '.join(layout.splits)}")
     pairs = layout.splits[split]
+    classes = choose_classes(
+        layout.root,
+        task=task,
+        num_classes=num_classes,
+        mask_values=None if mask_values is None else tuple(mask_values),
+    )
     values: set[int] = set()
-    if mask_values is None:
-        for pair in pairs:
-            values |= label_values(read_label(pair.label), pair.label)
-    coding = choose_mask_coding(values, num_classes, mask_values)
+    if classes.values is None:
+        for path in (path for pair in pairs for path in pair.labels):
+            values |= label_values(read_label(path, classes.colors), path)
+    coding = choose_mask_coding(values, classes)
     return ChangeDataset(FileSource(pairs, coding), crop_size=crop_size)

@@ -7,13 +7,14 @@ prints. On a GPU, sums go through NCCL, and what the processes agree on through 
 for the device.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,10 +123,16 @@ def parallel(model: nn.Module, device: torch.device, *, has_idle_weights: bool) 
     """
     if world_size() == 1:
         return model
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    # from here on buffers are alike, see sync_batch_norm.py; torch 2.14 calls the option anew
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+    options: dict[str, Any] = {sync_buffers: False}
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # statistics are alike already, see sync_batch_norm.py
+        **options,
         gradient_as_bucket_view=True,
         find_unused_parameters=has_idle_weights,
     )

@@ -3,7 +3,8 @@
     images    RGB as it is; grey and 1-bit repeated; palettes looked up; alpha dropped; CMYK
               converted; turned as EXIF says; 16-bit and float refused
     labels    grey values as they are; 1-bit as 0/255; palettes as their grey if all their used
-              colours are grey, else as indices; RGB with equal channels as one; 16-bit if it fits
+              colours are grey, else as indices; RGB with equal channels as one; 16-bit if it fits;
+              of classes with colours, RGB and palettes as the index of the pixel's colour
 
 A file is always decoded whole: Pillow's `verify` misses damage that decoding meets.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from classes import LEVIR_MCI, Classes, Color
 from errors import UserError
 
 IGNORE = 255  # the class index of pixels that do not count
@@ -65,14 +67,20 @@ def read_image(path: Path) -> Bytes:
         return np.asarray(_decoded(image, path).convert("RGB"))
 
 
-def read_label(path: Path) -> Bytes:
-    """Read a label as (H, W) uint8, the values in the file.
+def read_label(path: Path, colors: Sequence[Color] | None = None) -> Bytes:
+    """Read a label as (H, W) uint8: the values in the file, or the indices of its colours.
+
+    Args:
+        path: of the file.
+        colors: of the classes; None refuses a coloured label.
 
     Raises:
-        UserError: unreadable, too large, coloured, or with values above 255.
+        UserError: unreadable, too large, of unknown colours, or with values above 255.
     """
     with _open(path) as image:
         decoded = _decoded(image, path)
+        if colors is not None and decoded.mode in ("RGB", "RGBA", "P", "PA"):
+            return _indices(np.asarray(decoded.convert("RGB")), colors, path)
         if decoded.mode == "P":
             return _palette(decoded)
         if decoded.mode in ("L", "1"):
@@ -84,7 +92,7 @@ def read_label(path: Path) -> Bytes:
             colors = np.unique(channels.reshape(-1, 3), axis=0)[:8].tolist()
             raise UserError(
                 f"{path}: a coloured label, with {', '.join(map(str, colors))}; "
-                "save it with one channel of class values"
+                "save it with one channel of class values, or name the colours in classes.json"
             )
         values = np.asarray(decoded)
         if values.dtype.kind in "iu" and values.ndim == 2 and values.min() >= 0:
@@ -99,12 +107,23 @@ def read_label(path: Path) -> Bytes:
 
 @dataclass(frozen=True)
 class MaskCoding:
-    """Which value in a label file means which class: `values[i]` is class i.
+    """Which value in a label file means which class: `values[i]` is class i, called `names[i]`.
 
-    255 means "ignore" where it is not the value of a class.
+    255 means "ignore" where it is not the value of a class. Where there are `colors`, those of
+    coloured files are the classes' too.
     """
 
     values: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    colors: tuple[Color, ...] | None = None
+
+    def read(self, path: Path) -> Bytes:
+        """Read a label file as (H, W) uint8 class indices, 255 = ignore.
+
+        Raises:
+            UserError: as `read_label` and `decode`.
+        """
+        return self.decode(read_label(path, self.colors), path)
 
     def decode(self, raw: Bytes, path: Path) -> Bytes:
         """Turn file values into class indices, 255 = ignore.
@@ -144,51 +163,48 @@ class MaskCoding:
 
 
 def choose_mask_coding(
-    values: Iterable[int],
-    num_classes: int,
-    asked: Sequence[int] | None = None,
-    examples: Mapping[int, Path] | None = None,
+    values: Iterable[int], classes: Classes, examples: Mapping[int, Path] | None = None
 ) -> MaskCoding:
     """Tell from the values of a whole dataset what they mean.
 
     Args:
         values: every value that occurs in any label, see `label_values`.
-        num_classes: K of the model; 1 is binary and has two values.
-        asked: the user's own list, the value of class 0 first.
+        classes: what is known of them.
         examples: a file for each value, to name in errors.
 
     Raises:
         UserError: the values fit no known coding; it lists them and says what to do.
     """
-    classes = max(num_classes, 2)
+    num_labels, asked = classes.num_labels, classes.values
     found = set(values)
     if asked is not None:
-        if len(asked) != classes or len(set(asked)) != classes or not set(asked) <= set(range(256)):
+        is_byte = set(asked) <= set(range(256))
+        if len(asked) != num_labels or len(set(asked)) != num_labels or not is_byte:
             raise UserError(
-                f"--mask-values {','.join(map(str, asked))}: give {classes} different values "
-                f"from 0 to 255, class 0 first, for --num-classes {num_classes}"
+                f"--mask-values {','.join(map(str, asked))}: give {num_labels} different values "
+                f"from 0 to 255, class 0 first, for --num-classes {classes.num_classes}"
             )
         known = [tuple(asked)]
-    elif classes == 2:
+    elif num_labels == 2:
         known = [(0, 255), (0, 1)]
     else:
-        known = [(0, 128, 255)] if classes == 3 else []
-        known += [tuple(range(classes))]
+        known = [tuple(LEVIR_MCI.values())] if num_labels == 3 and not classes.colors else []
+        known += [tuple(range(num_labels))]
     for coding in known:
-        may_ignore = {IGNORE} if asked is not None or num_classes > 1 else set()
+        may_ignore = {IGNORE} if asked is not None or classes.num_classes > 1 else set()
         # 0 and 255 alone are rather two classes than one class and pixels to ignore
         is_ignored_whole = bool(found - set(coding)) and not found & set(coding[1:])
         if found <= {*coding, *may_ignore} and not is_ignored_whole:
-            return MaskCoding(coding)
+            return MaskCoding(coding, classes.names_for(coding), classes.colors)
     strange = min((sorted(found - set(coding)) for coding in known), key=len)
     files = ", ".join(str(examples[v]) for v in strange[:3]) if examples else ""
     remedy = "give the value of class 0, 1, ... as --mask-values"
-    if num_classes == 1 and found <= {0, 128, 255}:
+    if num_labels == 2 and found <= {0, 128, 255}:
         remedy = "--num-classes 3 reads them as none, road, building"
     raise UserError(
         f"labels hold the values {_listed(sorted(found))}; "
         f"expected {' or '.join(','.join(map(str, k)) for k in known)} "
-        f"for --num-classes {num_classes}{f' (see {files})' if files else ''}; {remedy}"
+        f"for --num-classes {classes.num_classes}{f' (see {files})' if files else ''}; {remedy}"
     )
 
 
@@ -249,6 +265,20 @@ def _palette(image: Image.Image) -> Bytes:
     if (used == used[:, :1]).all():
         return np.asarray(image.convert("L"))
     return indices
+
+
+def _indices(rgb: Bytes, colors: Sequence[Color], path: Path) -> Bytes:
+    """Return the index of each pixel's colour."""
+    packed = rgb.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    known = np.array(colors, dtype=np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    order = np.argsort(known)
+    place = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
+    strange = np.unique(rgb[known[place] != packed], axis=0)[:8].tolist()
+    if strange:
+        raise UserError(
+            f"{path}: the colours {', '.join(map(str, strange))} are no class (classes.json)"
+        )
+    return place.astype(np.uint8)
 
 
 def _listed(values: list[int]) -> str:

@@ -4,6 +4,7 @@
     {A,B,label} + list/{train,val,test}.txt      the 256-crop tree of BIT and ChangeFormer
     {A,B,label} with train_1.png, val_7.png      the zips unpacked into one folder
     {A,B,label}, or train/ alone          your own images; val is split off by scene
+    {im1,im2,label1,label2} in any of these      SECOND: the classes of each date
 
 The folders of a date may be called otherwise (`DATES`), the whole may lie a folder or two deeper,
 and the files of a pair are matched by stem: A/x.png goes with B/x.tif.
@@ -25,6 +26,13 @@ DATES = {
     "after": ("b", "t2", "im2", "img2", "image2", "time2", "post", "after"),
     "label": ("label", "labels", "out", "mask", "masks", "gt", "cm"),
 }
+# of semantic change, where each date has its labels
+SEMANTIC_DATES = {
+    "before": DATES["before"],
+    "after": DATES["after"],
+    "label": ("label1", "labela", "label_a", "labels1", "mask1", "gt1", "sem1"),
+    "label_after": ("label2", "labelb", "label_b", "labels2", "mask2", "gt2", "sem2"),
+}
 ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 EXPECTED = (
     "expected DIR/train/A, DIR/train/B, DIR/train/label and the same under DIR/val, "
@@ -33,15 +41,31 @@ EXPECTED = (
 VAL_SHARE = 0.2  # of the scenes, where a dataset comes without val
 MAX_LISTED = 20  # faults in one message
 
+Kinds = dict[str, tuple[str, ...]]  # names of the folders
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Two dates of one scene and what changed; `name` is the stem, unique in a split."""
+    """Two dates of one scene and what changed; `name` is the stem, unique in a split.
+
+    Of semantic change `label` holds the classes before, and `label_after` those after.
+    """
 
     name: str
     before: Path
     after: Path
     label: Path
+    label_after: Path | None = None
+
+    @property
+    def labels(self) -> tuple[Path, ...]:
+        """The label files, one or two."""
+        return (self.label,) if self.label_after is None else (self.label, self.label_after)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the pair."""
+        return (self.before, self.after, *self.labels)
 
 
 @dataclass(frozen=True)
@@ -53,31 +77,35 @@ class Layout:
     splits: dict[str, tuple[Pair, ...]]
 
 
-def find_pairs(root: str | Path) -> Layout:
+def find_pairs(root: str | Path, task: str = "change") -> Layout:
     """Recognise a dataset and pair its files.
+
+    Args:
+        root: its folder, or one above.
+        task: "change", or "semantic" for labels of both dates.
 
     Raises:
         UserError: no known layout, an empty split, or files without partners (all are listed).
     """
     root = Path(root)
     try:
-        return _find_pairs(root)
+        return _find_pairs(root, SEMANTIC_DATES if task == "semantic" else DATES)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from None
 
 
-def _find_pairs(root: Path) -> Layout:
+def _find_pairs(root: Path, kinds: Kinds) -> Layout:
     if not root.exists():
         raise UserError(f"{root}: no such folder; {EXPECTED}")
     if not root.is_dir():
         raise UserError(f"{root}: is a file, not a folder; {EXPECTED}")
-    home = _descend(root)
+    home = _descend(root, kinds)
     splits = {name: folder for name in SPLITS if (folder := _child(home, SPLITS[name]))}
     if splits:
-        pairs = {name: _pairs_in(folder) for name, folder in splits.items()}
+        pairs = {name: _match(_dates(folder, kinds)) for name, folder in splits.items()}
         description = "split folders"
     else:
-        dates = _dates(home)
+        dates = _dates(home, kinds)
         lists = _child(home, ("list", "lists"))
         if lists is not None and list(lists.glob("*.txt")):
             pairs = _by_lists(dates, lists)
@@ -96,12 +124,12 @@ def _find_pairs(root: Path) -> Layout:
     return Layout(home, description, {name: pairs[name] for name in SPLITS if name in pairs})
 
 
-def _descend(root: Path) -> Path:
+def _descend(root: Path, kinds: Kinds) -> Path:
     """Go down to the dataset, as archives often unpack into LEVIR-CD/LEVIR-CD or Real/subset.
 
     Other folders beside it (a cache, __MACOSX) do no harm; two datasets do.
     """
-    known = {name for names in (*SPLITS.values(), *DATES.values()) for name in names}
+    known = {name for names in (*SPLITS.values(), *kinds.values()) for name in names}
     level = [root]
     for _ in range(3):
         homes = [f for f in level if any(p.name.lower() in known for p in f.iterdir())]
@@ -133,16 +161,15 @@ def _child(folder: Path, names: Iterable[str]) -> Path | None:
     return None
 
 
-def _dates(folder: Path) -> dict[str, Path]:
-    found = {date: _child(folder, names) for date, names in DATES.items()}
-    missing = [f"{date} ({', '.join(DATES[date][:4])}, ...)" for date in found if not found[date]]
+def _dates(folder: Path, kinds: Kinds) -> dict[str, Path]:
+    found = {date: _child(folder, names) for date, names in kinds.items()}
+    missing = [f"{date} ({', '.join(kinds[date][:4])}, ...)" for date in found if not found[date]]
     if missing:
+        other, flag = (SEMANTIC_DATES, "semantic") if kinds is DATES else (DATES, "change")
+        if not found["label"] and _child(folder, other["label"]):
+            raise UserError(f"{folder}: is a dataset of another kind; try --task {flag}")
         raise UserError(f"{folder}: has no folder for {' or '.join(missing)}; {EXPECTED}")
     return {date: path for date, path in found.items() if path is not None}
-
-
-def _pairs_in(folder: Path) -> tuple[Pair, ...]:
-    return _match(_dates(folder))
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -166,7 +193,7 @@ def _composed(name: str) -> str:
 
 
 def _match(dates: dict[str, Path], stems: Iterable[str] | None = None) -> tuple[Pair, ...]:
-    """Pair the files of the three folders by stem; every one without a partner is an error."""
+    """Pair the files of the folders by stem; every one without a partner is an error."""
     files = {date: _files(folder) for date, folder in dates.items()}
     wanted = sorted({s for found in files.values() for s in found} if stems is None else stems)
     faults = [
@@ -177,7 +204,7 @@ def _match(dates: dict[str, Path], stems: Iterable[str] | None = None) -> tuple[
     ]
     if faults:
         raise UserError(listing(f"{len(faults)} files of pairs are missing", faults))
-    return tuple(Pair(s, files["before"][s], files["after"][s], files["label"][s]) for s in wanted)
+    return tuple(Pair(s, **{date: found[s] for date, found in files.items()}) for s in wanted)
 
 
 def _by_lists(dates: dict[str, Path], lists: Path) -> dict[str, tuple[Pair, ...]]:

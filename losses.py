@@ -102,7 +102,7 @@ class CombinedIoULoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K, H, W) of any float type with target (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
+            logits = _precise(logits)
             entropy = cross_entropy(logits, target, self.class_weights)
             miss = _mean_miss(soft_iou, logits, target, self.smooth)
             return (self.bce_weight * entropy + self.iou_weight * miss).mean()
@@ -124,7 +124,7 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K, H, W) of any float type with target (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            return cross_entropy(logits.float(), target, self.class_weights).mean()
+            return cross_entropy(_precise(logits), target, self.class_weights).mean()
 
 
 class DiceLoss(nn.Module):
@@ -141,7 +141,7 @@ class DiceLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K, H, W) of any float type with target (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            return _mean_miss(soft_dice, logits.float(), target, self.smooth).mean()
+            return _mean_miss(soft_dice, _precise(logits), target, self.smooth).mean()
 
 
 class FocalLoss(nn.Module):
@@ -158,7 +158,7 @@ class FocalLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K, H, W) of any float type with target (B, H, W)."""
         with torch.autocast(logits.device.type, enabled=False):
-            entropy = _pixel_entropy(logits.float(), target)  # -log p
+            entropy = _pixel_entropy(_precise(logits), target)  # -log p
             # -expm1(-x) is 1 - p without its rounding to 0 where p is almost 1
             focal = (-torch.expm1(-entropy)) ** self.gamma * entropy
             return _mean_over(focal, (target != IGNORE).float()).mean()
@@ -200,7 +200,7 @@ class SemanticLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, 1 + 2K, H, W) with target (B, 2, H, W): 0 unchanged, 1 to K, 255."""
         with torch.autocast(logits.device.type, enabled=False):
-            change_logits, *dates = split_semantic(logits.float())
+            change_logits, *dates = split_semantic(_precise(logits))
             changed = target[:, 0].clamp(max=1)
             changed = torch.where(target[:, 0] == IGNORE, target[:, 0], changed)
             entropy = torch.stack(
@@ -283,6 +283,11 @@ def _tensor(weights: Sequence[float] | None) -> Tensor | None:
     return None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
 
+def _precise(logits: Tensor) -> Tensor:
+    """Return float32, or float64 if it is that."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _overlap(probability: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return (sum p t, sum p + sum t) of each image, each (B,)."""
     probability, target = probability * valid, target * valid
@@ -293,7 +298,7 @@ def _overlap(probability: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 def _pixel_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Return (B, H, W), anything finite where the pixel is ignored."""
     if logits.shape[1] == 1:
-        change = (target == 1).float()
+        change = (target == 1).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits.squeeze(1), change, reduction="none")
     return F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none")
 

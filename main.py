@@ -28,13 +28,13 @@ class Config:
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
-    num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=250)  # noqa: E501
+    num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=249)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
     crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
 
     # model
-    backbone: str = option("resnet50", "encoder")
-    fusion: str = option("concat", "how the features of both dates become one")
+    backbone: str = option("resnet50", "encoder; --list shows them all")
+    fusion: str = option("concat", "of both dates: concat, diff, concat_diff, cross_attention")
     weights: str = option("imagenet", "of the encoder: imagenet, none or a file")
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 
@@ -72,7 +72,8 @@ class Config:
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    GIVEN = cli.parse(Config, description=__doc__)
+    SWITCHES = {"list": "show the backbones, fusions and losses that there are, and exit"}
+    GIVEN = cli.parse(Config, switches=SWITCHES, description=__doc__)
 
 import torch
 from torch import nn
@@ -80,7 +81,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from catalogue import catalogue
 from checkpoint import restore, versions
+from classes import Classes, choose_classes
 from data_check import DataSummary, check
 from dataset import ChangeDataset, PairLoader, make_loader
 from distributed import (
@@ -108,8 +111,8 @@ from hardware import (
     pick_precision,
 )
 from layouts import Layout, find_pairs
-from losses import build_loss, check_loss
-from metrics import build_confusion
+from losses import balanced_weights, build_loss, check_loss
+from metrics import Confusion, build_confusion
 from model import SiameseUNet, build_model, check_names, count_parameters
 from optimizer import build_optimizer, warmup_cosine
 from pretrained import check_source, load_weights
@@ -146,19 +149,24 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     keep_freed_memory()
 
     with in_turn():
-        layout = find_pairs(config.data_dir or choose_data(ROOT / "data", config.num_classes or 1))
+        root = config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes)
+        layout = find_pairs(root, config.task)
     on_sample = is_sample(layout.root)
     if on_sample and not state and config.weights == "imagenet" and "weights" not in given:
         recipe = from_rank_0(lambda: recipe_without_weights(config.backbone, given))
         config = replace(config, **recipe)
-    if config.num_classes is None:
-        config = replace(config, num_classes=1)
-    assert config.num_classes
+    classes = choose_classes(
+        layout.root,
+        task=config.task,
+        num_classes=config.num_classes,
+        mask_values=config.mask_values,
+    )
+    config = replace(config, num_classes=classes.num_classes)
     with in_turn():
-        data = open_data(config, layout, device)
-    learner = build(config, state, device, amp, num_batches=len(data.train))
+        data = open_data(config, layout, classes, device)
+    learner = build(config, state, device, amp, data)
     progress = learner.progress
-    confusion = build_confusion(config.task, config.num_classes, device)
+    confusion = data.confusion(device)
     best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0, confusion.headline: -1.0}
 
     # ---- the run's folder, or the point where it stopped
@@ -202,6 +210,8 @@ def train(given: dict[str, Any]) -> dict[str, float]:
             "data": {
                 "fingerprint": data.checked.fingerprint,
                 "mask_values": list(data.checked.coding.values),
+                "class_names": list(data.checked.coding.names),
+                "class_colors": [list(color) for color in data.checked.coding.colors or ()],
             },
         },
         val_set=data.val.dataset,
@@ -253,11 +263,13 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 precision=learner.precision,
             )
             is_best = on_val[confusion.headline] > best[confusion.headline]
+            score = f"{confusion.headline.replace('_', ' ')} {on_val[confusion.headline]:.3f}  "
+            headline = "" if confusion.headline == "change_iou" else score
             print(
                 f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
                 f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
                 f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
-                f"{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
+                f"{headline}{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
                 f"{'  best' if is_best else ''}",
                 flush=True,
             )
@@ -275,6 +287,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
             progress.start(epoch)
             if is_best:
                 best = {"epoch": epoch, **on_val}
+                recorder.draw_matrix(confusion, epoch)
                 recorder.save("best.pt", {"model": learner.model}, best)
             save_in_time(is_time=True)
         recorder.finish(device, best, config.epochs)
@@ -327,11 +340,22 @@ class Data:
     """The dataset as a run uses it."""
 
     checked: DataSummary
+    classes: Classes
     train: PairLoader
     val: PairLoader
 
+    def confusion(self, device: torch.device) -> Confusion:
+        """Return an empty confusion matrix of the classes."""
+        names = self.checked.coding.names
+        return build_confusion(self.classes.task, self.classes.num_classes, device, names)
 
-def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
+    def balanced_weights(self) -> list[float]:
+        """Return the weights of the classes that cross-entropies look at, rare ones higher."""
+        pixels = self.checked.splits["train"].class_pixels
+        return balanced_weights(pixels[1:] if self.classes.task == "semantic" else pixels)
+
+
+def open_data(config: Config, layout: Layout, classes: Classes, device: torch.device) -> Data:
     """Check every file, say what there is, and open the training and the validation split.
 
     Raises:
@@ -340,8 +364,7 @@ def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
     cache_dir = ROOT / "data" / "cache"
     checked = check(
         layout,
-        num_classes=config.num_classes or 1,
-        mask_values=config.mask_values,
+        classes,
         crop_size=PATCH_SIZE,
         memo=cache_dir / "checked.json",
     )
@@ -369,7 +392,7 @@ def open_data(config: Config, layout: Layout, device: torch.device) -> Data:
         raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
     if in_batch == 1 and config.crop_size == 32:
         raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
-    return Data(checked, train_loader, loader("val", PATCH_SIZE, None))
+    return Data(checked, classes, train_loader, loader("val", PATCH_SIZE, None))
 
 
 @dataclass(frozen=True)
@@ -398,16 +421,15 @@ class Learner:
 
 
 def build(
-    config: Config, state: dict[str, Any] | None, device: torch.device, amp: str, num_batches: int
+    config: Config, state: dict[str, Any] | None, device: torch.device, amp: str, data: Data
 ) -> Learner:
     """Build the model and all that changes it, as they are before the first step."""
     torch.manual_seed(config.seed)
-    assert config.num_classes
     architecture: dict[str, Any] = {
         "task": config.task,
         "backbone": config.backbone,
         "fusion": config.fusion,
-        "num_classes": config.num_classes,
+        "num_classes": data.classes.num_classes,
     }
     model = build_model(**architecture, freeze_backbone=False)
     # the other processes get them from rank 0, in `parallel`
@@ -425,7 +447,7 @@ def build(
     synchronize(model)
     if config.compile:
         model.compile()
-    num_updates = -(-num_batches // config.accumulate)
+    num_updates = -(-len(data.train) // config.accumulate)
     optimizer = build_optimizer(
         model,
         lr=config.lr,
@@ -447,11 +469,12 @@ def build(
             task=config.task,
             bce_weight=config.bce_weight,
             iou_weight=config.iou_weight,
+            class_weights=data.balanced_weights() if config.class_weights == "balanced" else None,
         ).to(device),
         optimizer=optimizer,
         scheduler=scheduler,
         precision=Precision.named(amp, device),
-        progress=Progress(build_confusion(config.task, config.num_classes, device)),
+        progress=Progress(data.confusion(device)),
     )
 
 
@@ -502,4 +525,4 @@ def learn_epoch(
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: train(GIVEN)))
+    sys.exit(run(lambda: print(catalogue()) if GIVEN.pop("list", False) else train(GIVEN)))

@@ -11,13 +11,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from checkpoint import load_model, save_checkpoint
 from dataset import ChangeDataset
 from distributed import wait_for_all
 from errors import UserError
-from metrics import SCORE_NAMES, ScoreHistogram
+from matrices import plot_confusion, plot_transitions
+from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
 from sample_run import SAMPLE_LABEL
 from tracking import Tracker
 from visualize import plot_predictions, save_figure
@@ -99,10 +101,18 @@ class Recorder:
         figure = plot_predictions(model, self.val_set, device, path=None, title=title)
         self.tracker.log_figure(Path(PICTURE).stem, figure, epoch)
         for path in (self.run_dir / PICTURE, self.picture):
-            try:
-                save_figure(figure, path)
-            except OSError as error:  # a picture is no reason to lose a run
-                print(f"warning: {path}: not drawn ({error.strerror})")
+            self._save(figure, path)
+
+    def draw_matrix(self, confusion: Confusion, epoch: int) -> None:
+        """Draw who was taken for whom; of two classes, the scores say it all."""
+        if not self.tracker or len(confusion.matrix) == 2:
+            return
+        figures = {"confusion_matrix": plot_confusion(confusion.matrix.cpu(), confusion.names)}
+        if isinstance(confusion, SemanticConfusion):
+            figures["transitions"] = plot_transitions(confusion.transitions.cpu(), confusion.names)
+        for name, figure in figures.items():
+            self.tracker.log_figure(name, figure, epoch)
+            self._save(figure, self.run_dir / f"{name}.png")
 
     def log_epoch(
         self,
@@ -130,11 +140,22 @@ class Recorder:
         self.tracker.log_artifact(self.run_dir / "best.pt")
         self.tracker.log_model(model)
 
+    def _save(self, figure: Figure, path: Path) -> None:
+        try:
+            save_figure(figure, path)
+        except OSError as error:  # a picture is no reason to lose a run
+            print(f"warning: {path}: not drawn ({error.strerror})")
+
     def summary(self, best: Mapping[str, Any], store: Path) -> str:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""
         lines = [f"\nbest epoch {best['epoch']:.0f}, whole validation split, threshold 0.5"]
         lines += [
-            f"  {name:36} {best[key]:.4f}" for key, name in SCORE_NAMES.items() if key in best
+            f"  {name:38} {best[key]:.4f}" for key, name in SCORE_NAMES.items() if key in best
+        ]
+        lines += [
+            f"  {'IoU of ' + key.removeprefix('iou/'):38} {score:.4f}"
+            for key, score in best.items()
+            if key.startswith("iou/")
         ]
         if self.is_sample:
             lines.append(f"  {SAMPLE_LABEL}: these are not LEVIR-CD results")

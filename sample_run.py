@@ -25,14 +25,16 @@ FROM_SCRATCH: dict[str, Any] = {
 }
 
 
-def choose_data(data: Path, num_classes: int) -> Path:
+def choose_data(data: Path, task: str = "change", num_classes: int | None = None) -> Path:
     """Return the folder of the datasets if one is there; else make a sample set inside.
 
     Args:
         data: the folder, data/ of the repository.
+        task: "semantic" asks for a set with the classes of each date.
         num_classes: 3 asks for a set with none, road and building, all else for a binary one.
     """
-    folder = data / ("sample-3-classes" if num_classes == 3 else "sample")
+    kind = "semantic" if task == "semantic" else "3-classes" if num_classes == 3 else ""
+    folder = data / (f"sample-{kind}" if kind else "sample")
     if any(
         path.name not in ("README.md", "cache", folder.name)
         and not path.name.startswith(".")
@@ -41,7 +43,7 @@ def choose_data(data: Path, num_classes: int) -> Path:
     ):
         return data
     print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
-    return sample_data.make_sample_set(folder, num_classes=3 if num_classes == 3 else 1)
+    return sample_data.make_sample_set(folder, kind=kind or "change")
 
 
 def is_sample(folder: Path) -> bool:
@@ -57,7 +59,7 @@ def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, A
         given: names of the options that the user has chosen; these stay.
     """
     try:
-        pretrained.download(pretrained.imagenet_url(backbone))
+        pretrained.library_weights(backbone)
     except WeightsUnavailableError as error:
         recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())

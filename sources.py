@@ -1,6 +1,7 @@
 """Where the pixels of a split come from: its files, or a cache that was decoded from them once.
 
     planes    (7, h, w) uint8: before R, G, B, after R, G, B, class (255 = ignore)
+              (8, h, w) of semantic change: the classes before, the classes after
 
 A PNG pair of 1024 x 1024 takes a core a tenth of a second to decode; a crop of it, out of the
 cache, 0.1 ms. The cache is one file a split, with the planes of one pair after those of another,
@@ -31,10 +32,9 @@ from tqdm import tqdm
 from errors import UserError
 from file_lock import locked
 from hardware import available_memory
-from image_io import MaskCoding, read_image, read_label, read_size
+from image_io import IGNORE, MaskCoding, read_image, read_size
 from layouts import Pair
 
-NUM_PLANES = 7
 MAX_BYTES = 100 * 10**9  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory
 PATIENCE = 24 * 3600  # seconds to wait for another process that builds
@@ -49,17 +49,19 @@ class Source(ABC):
         pairs: the files.
         coding: of the labels.
         sizes: (height, width) of each pair.
+        num_planes: of each pair.
     """
 
     pairs: tuple[Pair, ...]
     coding: MaskCoding
     sizes: list[tuple[int, int]]
+    num_planes: int
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def read(self, number: int, top: int, left: int, side: int) -> Tensor:
-        """Return the planes (7, h, w) of a window of a pair: a view, not to be written to.
+        """Return the planes (P, h, w) of a window of a pair: a view, not to be written to.
 
         The window is cut where the image ends, so h and w may be less than `side`.
 
@@ -70,7 +72,7 @@ class Source(ABC):
 
     @abstractmethod
     def planes(self, number: int) -> Tensor:
-        """Return a whole pair (7, H, W), not to be written to."""
+        """Return a whole pair (P, H, W), not to be written to."""
 
 
 class FileSource(Source):
@@ -88,6 +90,7 @@ class FileSource(Source):
     ) -> None:
         self.pairs = tuple(pairs)
         self.coding = coding
+        self.num_planes = 6 + len(self.pairs[0].labels)
         self.keep_bytes = keep_bytes
         self.stamps = [_stamp(pair) for pair in pairs]
         self.sizes = [read_size(pair.label) for pair in pairs]
@@ -97,7 +100,7 @@ class FileSource(Source):
         return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}  # pixels do not travel to workers
 
     def planes(self, number: int) -> Tensor:
-        """Return a whole pair (7, H, W), decoded if it is not one of the last."""
+        """Return a whole pair (P, H, W), decoded if it is not one of the last."""
         self.check_unchanged(number)
         planes = self._kept.pop(number, None)
         if planes is None:
@@ -109,20 +112,25 @@ class FileSource(Source):
         return planes
 
     def decode(self, number: int) -> Tensor:
-        """Return a whole pair (7, H, W) and keep nothing."""
-        pair, (height, width) = self.pairs[number], self.sizes[number]
-        mask = self.coding.decode(read_label(pair.label), pair.label)
-        if mask.shape != (height, width):
-            raise UserError(f"{pair.label}: its pixels and its header disagree on its size")
-        planes = np.empty((NUM_PLANES, height, width), np.uint8)
+        """Return a whole pair (P, H, W) and keep nothing.
+
+        Where the labels of both dates disagree on whether anything changed, both are ignored.
+        """
+        pair, size = self.pairs[number], self.sizes[number]
+        planes = np.empty((self.num_planes, *size), np.uint8)
+        for path, plane in zip(pair.labels, planes[6:], strict=True):
+            mask = self.coding.read(path)
+            if mask.shape != size:
+                raise UserError(f"{path}: {mask.shape} does not match {pair.label}'s {size}")
+            plane[:] = mask
         for path, part in ((pair.before, planes[:3]), (pair.after, planes[3:6])):
             image = read_image(path)
-            if image.shape[:2] != mask.shape:
-                raise UserError(
-                    f"{path}: {image.shape[:2]} does not match its label's {mask.shape}"
-                )
+            if image.shape[:2] != size:
+                raise UserError(f"{path}: {image.shape[:2]} does not match its label's {size}")
             part[:] = image.transpose(2, 0, 1)
-        planes[6] = mask
+        if pair.label_after is not None:
+            before, after = planes[6:]
+            planes[6:, (before == 0) != (after == 0)] = IGNORE
         return torch.from_numpy(planes)
 
     def check_unchanged(self, number: int) -> None:
@@ -148,7 +156,8 @@ class CachedSource(Source):
 
     def __init__(self, files: FileSource, pixels: Path | Tensor) -> None:
         self.pairs, self.coding, self.sizes = files.pairs, files.coding, files.sizes
-        self._offsets = _offsets(files.sizes)
+        self.num_planes = files.num_planes
+        self._offsets = _offsets(files)
         self._pixels = pixels
         self._mapped: Tensor | None = self._map()
 
@@ -157,10 +166,10 @@ class CachedSource(Source):
         return {**self.__dict__, "_mapped": None}
 
     def planes(self, number: int) -> Tensor:
-        """Return a whole pair (7, H, W)."""
+        """Return a whole pair (P, H, W)."""
         self._mapped = mapped = self._map() if self._mapped is None else self._mapped
         start, end = self._offsets[number : number + 2]
-        return mapped[start:end].view(NUM_PLANES, *self.sizes[number])
+        return mapped[start:end].view(self.num_planes, *self.sizes[number])
 
     def _map(self) -> Tensor:
         if isinstance(self._pixels, Tensor):
@@ -189,7 +198,7 @@ def open_source(
         UserError: a file cannot be decoded, or there is no room for the cache that was asked for.
     """
     files = FileSource(pairs, coding)
-    size = _offsets(files.sizes)[-1]
+    size = _offsets(files)[-1]
     if cache in ("auto", "disk"):
         try:
             return CachedSource(files, _cache_file(files, folder))
@@ -206,7 +215,7 @@ def open_source(
     if cache == "none" or not has_room:
         return files
     pixels = torch.empty(size, dtype=torch.uint8)
-    offsets = _offsets(files.sizes)
+    offsets = _offsets(files)
 
     def keep(number: int, planes: Tensor) -> None:
         pixels[offsets[number] : offsets[number + 1]] = planes.flatten()
@@ -222,11 +231,12 @@ def _cache_file(files: FileSource, folder: Path) -> Path:
         OSError: it cannot be written.
     """
     identity = [
-        (str(pair.label.resolve()), str(pair.before), str(pair.after)) for pair in files.pairs
+        (str(pair.label.resolve()), *map(str, (pair.before, pair.after, *pair.labels[1:])))
+        for pair in files.pairs
     ]
-    name = _hash((identity, files.coding.values, files.sizes))
+    name = _hash((identity, files.coding.values, files.coding.colors, files.sizes))
     path = folder / f"{name}-{_hash((files.stamps, files.sizes))}.pixels"
-    size = _offsets(files.sizes)[-1]
+    size = _offsets(files)[-1]
     if not _is_whole(path, size):
         with locked(folder / "lock", PATIENCE):
             if not _is_whole(path, size):  # another process may have built it meanwhile
@@ -239,7 +249,7 @@ def _cache_file(files: FileSource, folder: Path) -> Path:
 
 def _build(files: FileSource, path: Path, size: int) -> None:
     beside = path.with_suffix(".unfinished")
-    offsets = _offsets(files.sizes)
+    offsets = _offsets(files)
 
     def write(number: int, planes: Tensor) -> None:
         with beside.open("r+b") as file:
@@ -304,9 +314,10 @@ def _is_whole(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
+def _offsets(files: FileSource) -> list[int]:
     """Return where each pair begins in the cache, and behind the last its end."""
-    return [0, *np.cumsum([NUM_PLANES * h * w for h, w in sizes], dtype=np.int64).tolist()]
+    lengths = [files.num_planes * h * w for h, w in files.sizes]
+    return [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
 
 
 def _hash(content: object) -> str:
@@ -316,7 +327,7 @@ def _hash(content: object) -> str:
 def _stamp(pair: Pair) -> Stamp:
     """Tell whether the files of a pair are still the same: (bytes, time of change) of each."""
     try:
-        stats = [path.stat() for path in (pair.before, pair.after, pair.label)]
+        stats = [path.stat() for path in pair.files]
     except OSError as error:
         raise UserError(f"{error.filename}: is gone ({error.strerror})") from None
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)

@@ -20,7 +20,8 @@ class Augment:
     Attributes:
         flip: left to right with probability 1/2.
         turn: by 0, 90, 180 or 270 degrees.
-        swap: exchange the dates with probability 1/2; the mask stays, change has no direction.
+        swap: exchange the dates with probability 1/2; one mask stays, as change has no direction,
+            and the masks of two dates are exchanged with them.
         brightness, contrast, saturation: factors drawn from [1 - x, 1 + x].
         hue: turned by up to this share of the circle; five times the cost of the others together.
     """
@@ -36,11 +37,12 @@ class Augment:
     def __call__(
         self, before: Tensor, after: Tensor, mask: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Augment uint8 (3, H, W), (3, H, W), (H, W); a turn exchanges H and W."""
+        """Augment uint8 (3, H, W), (3, H, W), (H, W) or (2, H, W); a turn exchanges H and W."""
         flipped = self.flip and rng.random() < 0.5
         turns = int(rng.integers(4)) if self.turn else 0
         if self.swap and rng.random() < 0.5:
             before, after = after, before
+            mask = mask.flip(0) if mask.ndim == 3 else mask
 
         def place(x: Tensor) -> Tensor:
             return torch.rot90(x.flip(-1) if flipped else x, turns, (-2, -1)).contiguous()

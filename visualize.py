@@ -1,7 +1,7 @@
 """Pictures of predictions: before, after, truth, prediction, and where they differ.
 
-    hit white, false alarm red, miss blue, agreement on no change black; told apart by every kind
-    of colour vision, and named in the legend.
+    hit white, false alarm red, miss blue, a wrong class of change yellow, agreement on no change
+    black; told apart by every kind of colour vision, and named in the legend.
 
 Figures are built without pyplot, so nothing here needs a display or leaves global state behind.
 """
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dataset import ChangeDataset
-from image_io import IGNORE
+from image_io import IGNORE, MaskCoding
 from metrics import Confusion, predict_classes
 
 log = logging.getLogger("visualize")
@@ -33,7 +34,13 @@ PALETTE = np.array(
 )  # fmt: skip
 IGNORED = np.array([96, 96, 96], dtype=np.uint8)
 HIT, FALSE_ALARM, MISS = (255, 255, 255), (230, 40, 40), (60, 130, 255)
+WRONG_CLASS = (240, 228, 66)
 LEGEND = {"hit": HIT, "false alarm": FALSE_ALARM, "miss": MISS, "no change, rightly": (0, 0, 0)}
+COLUMNS = {
+    "change": ("before", "after", "truth", "prediction", "errors"),
+    "semantic": ("before", "after", "truth, before", "truth, after", "prediction, before",
+                 "prediction, after", "errors"),
+}  # fmt: skip
 
 
 class Picture(Figure):
@@ -56,12 +63,14 @@ def plot_predictions(
 ) -> Figure:
     """Draw the model's predictions on patches of a split, and save them.
 
+    Of semantic change, the classes of both dates are drawn.
+
     Four in five patches show change, as far as the split has them, spread evenly over it; the
     rest have none, where false alarms show.
 
     Args:
         model: `(before, after) -> logits`; its mode and device are as before afterwards.
-        val_dataset: yields (before, after, mask), uint8.
+        val_dataset: yields (before, after, mask), uint8; knows its classes.
         device: where to predict; the CPU, with a word, where there is no CUDA.
         num_samples: rows of the picture; fewer if the split is smaller.
         path: where to save; None saves nothing.
@@ -80,7 +89,8 @@ def plot_predictions(
         log.warning("no CUDA here: predicting on the CPU")
         device = torch.device("cpu")
     samples = [val_dataset[i] for i in pick_samples(val_dataset, num_samples)]
-    figure = prediction_grid(samples, _predict(model, samples, device), title=title)
+    coding = val_dataset.source.coding
+    figure = prediction_grid(samples, _predict(model, samples, device), coding, title=title)
     if path is not None:
         save_figure(figure, Path(path))
     return figure
@@ -105,17 +115,21 @@ def pick_samples(dataset: ChangeDataset, num_samples: int) -> list[int]:
 def prediction_grid(
     samples: Sequence[tuple[Tensor, Tensor, Tensor]],
     predictions: Sequence[Tensor],
+    coding: MaskCoding,
     *,
     title: str | None = None,
 ) -> Figure:
     """Draw one row per sample.
 
     Args:
-        samples: (before, after, mask): uint8 (3, H, W), (3, H, W), (H, W) with 255 = ignore.
-        predictions: class indices (H, W), one per sample.
+        samples: (before, after, mask): uint8 (3, H, W), (3, H, W), (H, W) with 255 = ignore, or
+            (2, H, W) of semantic change.
+        predictions: class indices, one per sample, in the shape of its mask.
+        coding: names and perhaps colours of the classes.
         title: over the picture.
     """
-    columns = ("before", "after", "truth", "prediction", "errors")
+    columns = COLUMNS["semantic" if samples[0][2].ndim == 3 else "change"]
+    colors = palette(coding)
     rows, side = len(samples), 2.1
     height = rows * (side + 0.18) + 1.0
     figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
@@ -123,13 +137,11 @@ def prediction_grid(
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
         before, after, mask = sample
-        truth = mask.cpu().numpy()
-        predicted = prediction.cpu().numpy()
+        truth, predicted = (x.reshape(-1, *x.shape[-2:]).cpu().numpy() for x in (mask, prediction))
         pictures = (
             before.cpu().numpy().transpose(1, 2, 0),
             after.cpu().numpy().transpose(1, 2, 0),
-            color_classes(truth),
-            color_classes(predicted),
+            *(color_classes(classes, colors) for classes in (*truth, *predicted)),
             color_errors(truth, predicted),
         )
         for axis, picture in zip(axes[row], pictures, strict=True):
@@ -139,14 +151,20 @@ def prediction_grid(
         axes[row, -1].set_title(_row_score(truth, predicted), fontsize=9, pad=3)
     for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
         axis.set_title(name, fontsize=10, pad=3)
-    handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
-        for name, (r, g, b) in LEGEND.items()
-    ]
-    bottom = 0.45 / height
-    figure.legend(
-        handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False
-    )
+    is_multi_class = len(coding.values) > 2
+    errors = {**LEGEND, "wrong class": WRONG_CLASS} if is_multi_class else LEGEND
+    legends = [errors]
+    if is_multi_class:
+        legends.append(dict(zip(coding.names, map(tuple, colors.tolist()), strict=True)))
+    for line, legend in enumerate(legends):
+        handles = [
+            Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
+            for name, (r, g, b) in legend.items()
+        ]
+        anchor = (0.5, 0.25 * line / height)
+        options: dict[str, Any] = {"ncols": len(handles), "fontsize": 9, "frameon": False}
+        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=anchor, **options)
+    bottom = (0.2 + 0.25 * len(legends)) / height
     if title:
         figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
     figure.subplots_adjust(
@@ -155,20 +173,36 @@ def prediction_grid(
     return figure
 
 
-def color_classes(mask: NDArray[np.integer]) -> NDArray[np.uint8]:
+def palette(coding: MaskCoding) -> NDArray[np.uint8]:
+    """Return a colour (C, 3) for each class: the label files' own, or `PALETTE` over again."""
+    if coding.colors is not None:
+        return np.array(coding.colors, dtype=np.uint8)
+    numbers = np.arange(len(coding.values))
+    return PALETTE[np.where(numbers == 0, 0, 1 + (numbers - 1) % (len(PALETTE) - 1))]
+
+
+def color_classes(
+    classes: NDArray[np.integer], colors: NDArray[np.uint8] = PALETTE
+) -> NDArray[np.uint8]:
     """Paint class indices (H, W) as (H, W, 3); ignored pixels are grey."""
-    painted = PALETTE[np.minimum(mask, len(PALETTE) - 1)]
-    painted[mask == IGNORE] = IGNORED
+    painted = colors[np.minimum(classes, len(colors) - 1)]
+    painted[classes == IGNORE] = IGNORED
     return painted
 
 
 def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Paint hits, false alarms and misses as (H, W, 3); a wrong class is a miss."""
-    painted = np.zeros((*truth.shape, 3), dtype=np.uint8)
-    painted[(truth > 0) & (predicted == truth)] = HIT
-    painted[(truth == 0) & (predicted > 0)] = FALSE_ALARM
-    painted[(truth > 0) & (predicted != truth)] = MISS
-    painted[truth == IGNORE] = IGNORED
+    """Paint hits, false alarms, misses and wrong classes of (L, H, W) as (H, W, 3).
+
+    A class is right if it is so in all of the L label maps, of which semantic change has two.
+    """
+    is_change, is_claimed = truth[0] > 0, predicted[0] > 0
+    is_right = (truth == predicted).all(axis=0)
+    painted = np.zeros((*truth.shape[1:], 3), dtype=np.uint8)
+    painted[is_change & is_right] = HIT
+    painted[is_change & is_claimed & ~is_right] = WRONG_CLASS
+    painted[is_change & ~is_claimed] = MISS
+    painted[~is_change & is_claimed] = FALSE_ALARM
+    painted[truth[0] == IGNORE] = IGNORED
     return painted
 
 
@@ -192,15 +226,17 @@ def _predict(
     model.to(device).eval()
     try:
         logits = [model(b.to(device)[None], a.to(device)[None]) for b, a, _ in samples]
-        return [predict_classes(x)[0].cpu() for x in logits]
+        task = getattr(model, "task", "change")
+        return [predict_classes(x, task=task)[0].cpu() for x in logits]
     finally:
         model.to(home).train(was_training)
 
 
 def _row_score(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> str:
     """Say how good one patch is: its change IoU, or the false alarms where nothing changed."""
-    confusion = Confusion(int(max(predicted.max(), np.where(truth == IGNORE, 0, truth).max())) + 1)
-    confusion.add(torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None])
-    if not ((truth > 0) & (truth != IGNORE)).any():
+    confusion = Confusion(1)
+    is_change = np.where(truth[:1] == IGNORE, IGNORE, truth[:1] > 0)
+    confusion.add(torch.from_numpy(predicted[:1] > 0), torch.from_numpy(is_change))
+    if not (is_change == 1).any():
         return f"errors: no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
     return f"errors: IoU {confusion.scores()['change_iou']:.2f}"

@@ -18,6 +18,7 @@ import torch
 from measure import Work
 from naive import NaiveDataset
 
+from classes import Classes
 from dataset import ChangeDataset, make_loader
 from image_io import choose_mask_coding, label_values, read_label
 from layouts import Pair, find_pairs
@@ -74,7 +75,7 @@ def main() -> None:
         values: set[int] = set()
         for pair in pairs:
             values |= label_values(read_label(pair.label), pair.label)
-        coding = choose_mask_coding(values, 1, None)
+        coding = choose_mask_coding(values, Classes(1))
 
         def dataset(cache: str) -> ChangeDataset:
             source = open_source(pairs, coding, cache=cache, folder=scratch / "cache")

@@ -11,14 +11,22 @@ from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
 import data_check
+from classes import Classes
 from data_check import DataSummary, check
 from errors import UserError
 from layouts import find_pairs
 
 
-def checked(root: Path, **options: object) -> DataSummary:
-    settings: dict = {"num_classes": 1, "crop_size": 16, **options}
-    return check(find_pairs(root), **settings)
+def checked(
+    root: Path,
+    *,
+    num_classes: int = 1,
+    mask_values: tuple[int, ...] | None = None,
+    crop_size: int = 16,
+    memo: Path | None = None,
+) -> DataSummary:
+    classes = Classes(num_classes, values=mask_values)
+    return check(find_pairs(root), classes, crop_size=crop_size, memo=memo)
 
 
 def test_numbers_of_a_split(tmp_path: Path) -> None:
@@ -139,10 +147,10 @@ def test_memo_reads_nothing_twice_and_notices_changes(
 ) -> None:
     read: list[Path] = []
 
-    def spy(original: Callable[[Path], object]) -> Callable[[Path], object]:
-        def reader(path: Path) -> object:
+    def spy(original: Callable[..., object]) -> Callable[..., object]:
+        def reader(path: Path, *rest: object) -> object:
             read.append(path)
-            return original(path)
+            return original(path, *rest)
 
         return reader
 
@@ -196,3 +204,30 @@ def test_mixed_sizes(tmp_path: Path) -> None:
     summary = checked(tmp_path)
     assert summary.splits["train"].sizes == ((17, 33), (32, 32))
     assert summary.splits["train"].patches == 4 + 2 * 3
+
+
+def test_labels_of_both_dates_are_counted_and_compared(tmp_path: Path) -> None:
+    before, after = mask_of(value=3), mask_of(value=5)
+    for split in ("train", "val"):
+        for folder, pixels in (
+            ("im1", picture(0)), ("im2", picture(1 + len(split))), ("label1", before),
+            ("label2", after),
+        ):  # fmt: skip
+            save(tmp_path / split / folder / f"{split}.png", pixels)
+    save(tmp_path / "val" / "im1" / "val.png", picture(7))
+
+    def summary() -> DataSummary:
+        classes = Classes(6, "semantic")
+        return check(find_pairs(tmp_path, "semantic"), classes, crop_size=16)
+
+    train = summary().splits["train"]
+    assert summary().warnings == ()
+    assert train.class_pixels == (2 * 768, 0, 0, 256, 0, 256, 0)
+    assert (train.pairs, train.patches, train.empty_patches) == (1, 4, 3)
+    after[0, 0] = 0
+    save(tmp_path / "train" / "label2" / "train.png", after)
+    (warning,) = summary().warnings
+    assert "1 pairs have labels that disagree" in warning and "train.png" in warning
+    save(tmp_path / "train" / "label2" / "train.png", after[:20])
+    with pytest.raises(UserError, match="label2.*32 x 20, but its label"):
+        summary()

@@ -238,3 +238,26 @@ def test_open_dataset(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no test split, only train, val"):
         open_dataset(tmp_path, "test")
+
+
+def semantic_pair(root: Path) -> Path:
+    """One pair of 32 x 32 whose labels disagree in one pixel, in two splits."""
+    before, after = mask_of(value=3), mask_of(value=5)
+    after[20, 30] = 2
+    for split in ("train", "val"):
+        for folder, pixels in (
+            ("im1", picture(0)), ("im2", picture(1)), ("label1", before), ("label2", after),
+        ):  # fmt: skip
+            save(root / split / folder / "x.png", pixels)
+    return root
+
+
+def test_semantic_masks_are_of_both_dates_and_agree_on_change(tmp_path: Path) -> None:
+    dataset = open_dataset(semantic_pair(tmp_path), "val", task="semantic", crop_size=40)
+    before, after, masks = dataset[0]
+    assert before.shape == after.shape == (3, 40, 40)
+    assert masks.shape == (2, 40, 40) and masks.dtype == torch.uint8
+    assert (masks[:, 32:] == IGNORE).all()
+    assert masks[:, 20, 30].tolist() == [IGNORE, IGNORE]
+    assert masks[:, 0, 0].tolist() == [3, 5]
+    assert torch.equal(masks[0, :32, :32] == 0, masks[1, :32, :32] == 0)

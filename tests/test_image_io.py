@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from classes import Classes
 from errors import UserError
 from image_io import (
     IGNORE,
@@ -196,7 +197,7 @@ def test_d5_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Imag
     path = save(tmp_path / f"x.{ending}", image)
     raw = read_label(path)
     assert raw.dtype == np.uint8
-    coding = choose_mask_coding(label_values(raw, path), 1)
+    coding = choose_mask_coding(label_values(raw, path), Classes(1))
     assert np.array_equal(coding.decode(raw, path), PLAIN // 255)
 
 
@@ -256,7 +257,7 @@ def test_d5_other_labels_are_refused(tmp_path: Path, image: Image.Image, said: s
 def test_coding_of_a_whole_dataset(
     found: set[int], num_classes: int, asked: tuple[int, ...] | None, expected: tuple[int, ...]
 ) -> None:
-    assert choose_mask_coding(found, num_classes, asked).values == expected
+    assert choose_mask_coding(found, Classes(num_classes, values=asked)).values == expected
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_d6_values_that_are_no_class(
 ) -> None:
     examples = {value: Path(f"{value}.png") for value in found}
     with pytest.raises(UserError, match=said) as error:
-        choose_mask_coding(found, num_classes, asked, examples)
+        choose_mask_coding(found, Classes(num_classes, values=asked), examples)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -299,3 +300,29 @@ def test_255_is_ignored_where_it_is_no_class() -> None:
     raw = np.array([[0, 1, 255]], np.uint8)
     assert MaskCoding((0, 1)).decode(raw, Path("x.png")).tolist() == [[0, 1, IGNORE]]
     assert MaskCoding((0, 1, 255)).decode(raw, Path("x.png")).tolist() == [[0, 1, 2]]
+
+
+COLORS = ((255, 255, 255), (0, 0, 255), (128, 128, 128))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_coloured_labels_are_looked_up(mode: str, tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (9, 7))
+    image = Image.fromarray(np.array(COLORS, dtype=np.uint8)[classes])
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    path = save(tmp_path / "x.png", image)
+    assert np.array_equal(read_label(path, COLORS), classes)
+    coding = MaskCoding((0, 1, 2), colors=COLORS)
+    assert np.array_equal(coding.read(path), classes)
+    index = save(tmp_path / "index.png", classes.astype(np.uint8))  # the same without colours
+    assert np.array_equal(coding.read(index), classes)
+
+
+def test_unknown_colours_are_named(tmp_path: Path) -> None:
+    pixels = np.full((4, 4, 3), 255, np.uint8)
+    pixels[1, 2] = 1, 2, 3
+    path = save(tmp_path / "x.png", pixels)
+    with pytest.raises(UserError, match=r"x\.png: the colours \[1, 2, 3\] are no class"):
+        read_label(path, COLORS)
+    with pytest.raises(UserError, match=r"classes\.json"):
+        read_label(path)

@@ -225,3 +225,31 @@ def test_a_list_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "list" / "x.png").rename(tmp_path / "list" / "train.txt")
     with pytest.raises(UserError, match=r"train\.txt: is not a text file"):
         find_pairs(tmp_path)
+
+
+def semantic_tree(root: Path, *folders: str) -> Path:
+    for folder in folders or ("im1", "im2", "label1", "label2"):
+        for split in ("train", "val"):
+            save(root / split / folder / "00001.png", mask_of())
+    return root
+
+
+def test_second_has_labels_of_both_dates(tmp_path: Path) -> None:
+    (pair,) = find_pairs(semantic_tree(tmp_path), "semantic").splits["train"]
+    assert [path.parent.name for path in pair.files] == ["im1", "im2", "label1", "label2"]
+    assert [path.parent.name for path in pair.labels] == ["label1", "label2"]
+    assert pair.name == "00001"
+
+
+def test_the_other_task_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--task semantic"):
+        find_pairs(semantic_tree(tmp_path / "second"))
+    with pytest.raises(UserError, match="--task change"):
+        find_pairs(save_tree(tmp_path / "levir", train=1, val=1), "semantic")
+
+
+def test_a_missing_label_of_one_date_is_listed(tmp_path: Path) -> None:
+    root = semantic_tree(tmp_path)
+    (root / "val" / "label2" / "00001.png").unlink()
+    with pytest.raises(UserError, match=r"label2.00001\.\*: missing"):
+        find_pairs(root, "semantic")

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import CombinedIoULoss, build_loss, soft_iou
+from errors import UserError
+from losses import (
+    LOSSES,
+    CombinedIoULoss,
+    DiceLoss,
+    FocalLoss,
+    balanced_weights,
+    build_loss,
+    soft_iou,
+)
 
 
 def confident(target: Tensor, sign: float = 1.0) -> Tensor:
@@ -107,18 +116,174 @@ def test_multi_class_by_hand_on_four_pixels() -> None:
     assert loss.item() == pytest.approx(2 * math.log(3) + 3 * 0.5)
 
 
-def test_multi_class_contract() -> None:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(0, 3, (4, 16, 16), generator=generator).to(torch.uint8)
+# ---- the contract of every loss, alone and in a sum, of two classes and of more
+
+NAMES = [*LOSSES, "bce_iou+focal"]
+KINDS = [("change", 1), ("change", 3), ("semantic", 3)]
+
+
+def random_target(task: str, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Labels (4, 16, 16) or (4, 2, 16, 16): one image without change, one half ignored."""
+    labels = max(num_classes, 2) if task == "change" else num_classes + 1
+    shape = (4, 2, 16, 16) if task == "semantic" else (4, 1, 16, 16)
+    target = torch.randint(0, labels, shape, generator=generator).to(torch.uint8)
+    if task == "semantic":
+        target[:, 1] = torch.where(target[:, 0] == 0, 0, target[:, 1].clamp(min=1))
     target[0] = 0
-    target[1, 5:] = 255
-    right = F.one_hot(target.long().clamp(max=2), 3).movedim(-1, 1) * 40.0
-    loss = build_loss()
-    assert loss(right, target).item() == pytest.approx(0, abs=1e-6)
-    assert loss(-right, target).item() > 10
-    logits = torch.randn(4, 3, 16, 16, generator=generator)
+    target[1, :, 5:] = 255
+    return target if task == "semantic" else target.squeeze(1)
+
+
+def right_logits(target: Tensor, task: str, num_classes: int) -> Tensor:
+    """Logits that are sure of the truth."""
+    if task == "change" and num_classes == 1:
+        return confident(target)
+    if task == "change":
+        return (
+            F.one_hot(target.long().clamp(max=num_classes - 1), num_classes).movedim(-1, 1) * 40.0
+        )
+    change = confident(target[:, 0])
+    # where nothing changed the labels name no class: say the same at both dates
+    classes = torch.where(target == 255, 0, target.long() - 1).clamp(min=0)
+    dates = F.one_hot(classes, num_classes).movedim(-1, 2) * 40.0
+    return torch.cat([change, *dates.unbind(1)], dim=1)
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
+def kind(request: pytest.FixtureRequest) -> tuple[str, int]:
+    return request.param
+
+
+def test_perfect_is_better_than_wrong_by_every_loss(name: str, kind: tuple[str, int]) -> None:
+    task, num_classes = kind
+    target = random_target(task, num_classes, torch.Generator().manual_seed(0))
+    if task == "semantic":  # both dates alike where it changed is not consistent
+        before, after = target.unbind(1)
+        target[:, 1] = torch.where((before == after) & (before % 255 > 0), before % 3 + 1, after)
+    right = right_logits(target, task, num_classes)
+    loss = build_loss(name, task=task)
+    assert loss(right, target).item() == pytest.approx(0, abs=1e-5)
+    assert loss(-right, target).item() > 0.3
+    assert loss(torch.zeros_like(right), target).item() > loss(right, target).item() + 0.05
+
+
+def test_every_loss_of_a_batch_is_the_mean_of_its_parts(name: str, kind: tuple[str, int]) -> None:
+    task, num_classes = kind
+    generator = torch.Generator().manual_seed(0)
+    target = random_target(task, num_classes, generator)
+    logits = torch.randn(right_logits(target, task, num_classes).shape, generator=generator)
+    loss = build_loss(name, task=task)
     parts = [loss(x, t) for x, t in zip(logits.split(1), target.split(1), strict=True)]
     torch.testing.assert_close(loss(logits, target), torch.stack(parts).mean())
-    assert loss(logits.half(), target).isfinite()
-    everything = torch.full((1, 16, 16), 255)
-    assert loss(logits[:1], everything).item() == 0
+
+
+def test_every_loss_is_finite_where_there_is_nothing(name: str, kind: tuple[str, int]) -> None:
+    task, num_classes = kind
+    shape = (2, 2, 8, 8) if task == "semantic" else (2, 8, 8)
+    channels = right_logits(torch.zeros(shape, dtype=torch.uint8), task, num_classes).shape[1]
+    for value in (0, 255):
+        target = torch.full(shape, value, dtype=torch.uint8)
+        logits = torch.randn(2, channels, 8, 8, requires_grad=True)
+        loss = build_loss(name, task=task)(logits, target)
+        loss.backward()
+        assert logits.grad is not None and logits.grad.isfinite().all()
+        assert loss.isfinite()
+        if value == 255 and name not in ("dice",):
+            assert loss.item() == pytest.approx(0, abs=1e-6)
+            assert logits.grad.abs().sum() == 0
+
+
+def test_no_ignored_pixel_moves_a_loss(name: str, kind: tuple[str, int]) -> None:
+    task, num_classes = kind
+    generator = torch.Generator().manual_seed(0)
+    target = random_target(task, num_classes, generator)
+    logits = torch.randn(right_logits(target, task, num_classes).shape, generator=generator)
+    other = logits.clone()
+    other[1, :, 5:] = 99.0
+    loss = build_loss(name, task=task)
+    assert torch.equal(loss(logits, target), loss(other, target))
+
+
+def test_the_gradient_of_every_loss_is_right(name: str, kind: tuple[str, int]) -> None:
+    task, num_classes = kind
+    generator = torch.Generator().manual_seed(0)
+    target = random_target(task, num_classes, generator)[..., 3:7, 3:7]
+    shape = right_logits(target, task, num_classes).shape
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    loss = build_loss(name, task=task)
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), logits, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_loss_overflows_in_half_precision(
+    name: str, kind: tuple[str, int], dtype: torch.dtype
+) -> None:
+    task, num_classes = kind
+    target = torch.ones(
+        (1, 2, 512, 512) if task == "semantic" else (1, 512, 512), dtype=torch.uint8
+    )
+    logits = (right_logits(target, task, num_classes) / 20).to(dtype)
+    loss = build_loss(name, task=task)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(logits, target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, loss(logits.float(), target))
+
+
+def test_a_sum_is_the_sum_of_its_parts(target: Tensor) -> None:
+    logits = torch.randn(4, 1, 16, 16)
+    parts = [build_loss(name, bce_weight=0.5)(logits, target) for name in ("bce_iou", "focal")]
+    both = build_loss("bce_iou+focal", bce_weight=0.5)(logits, target)
+    torch.testing.assert_close(both, torch.stack(parts).sum())
+
+
+def test_dice_and_focal_by_hand_on_four_pixels() -> None:
+    logits = torch.zeros(1, 1, 2, 2)  # every probability is 1/2
+    target = torch.tensor([[[1, 0], [0, 255]]])
+    # Dice over three pixels, s = 1: (2 * 0.5 + 1) / (1.5 + 1 + 1) = 4/7; focal: (1/2)^2 log 2
+    assert DiceLoss(smooth=1.0)(logits, target).item() == pytest.approx(3 / 7)
+    assert FocalLoss()(logits, target).item() == pytest.approx(math.log(2) / 4)
+
+
+def test_focal_is_torchvision_s(target: Tensor) -> None:
+    from torchvision.ops import sigmoid_focal_loss
+
+    logits = 5 * torch.randn(4, 1, 16, 16)
+    theirs = sigmoid_focal_loss(logits.squeeze(1), target.float(), alpha=-1, reduction="mean")
+    torch.testing.assert_close(FocalLoss()(logits, target), theirs)
+
+
+def test_class_weights_weigh_as_torch_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (1, 16, 16), generator=generator)
+    target[0, 2:4] = 255
+    logits = torch.randn(1, 3, 16, 16, generator=generator)
+    weights = [0.2, 1.0, 3.0]
+    theirs = F.cross_entropy(logits, target, torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(build_loss("ce", class_weights=weights)(logits, target), theirs)
+
+
+def test_balanced_weights_by_hand() -> None:
+    assert balanced_weights([900, 90, 10]) == pytest.approx([0.1, 1, 9])
+    assert balanced_weights([900, 90, 10, 0]) == pytest.approx([0.1, 1, 9, 9])
+    assert balanced_weights([0, 0]) == [1, 1]
+
+
+def test_semantic_by_hand() -> None:
+    # two pixels: one changed from class 1 to class 2, one did not; all logits 0
+    target = torch.tensor([[[[1, 0]], [[2, 0]]]])
+    logits = torch.zeros(1, 1 + 2 * 2, 1, 2)
+    # BCE log 2; CE log 2 of each date; both dates alike everywhere: cos 1 where it changed, else 0
+    expected = math.log(2) + math.log(2) + 0.5
+    assert build_loss("ce", task="semantic")(logits, target).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["", "bce", "bce_iou+", "dice,focal"])
+def test_unknown_losses_are_named(name: str) -> None:
+    with pytest.raises(UserError, match=r"--loss .* choose of bce_iou, ce, dice, focal"):
+        build_loss(name)

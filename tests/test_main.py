@@ -19,7 +19,10 @@ import pretrained
 import sample_data
 from checkpoint import load_model, read_checkpoint
 from dataset import open_dataset
+from encoders import ENCODERS
 from errors import DivergedError, Interrupted, UserError
+from fusion import FUSIONS
+from losses import LOSSES
 from main import train
 from pretrained import WeightsUnavailableError
 from sample_run import FROM_SCRATCH, choose_data
@@ -286,7 +289,79 @@ def test_three_classes_train(tmp_path: Path) -> None:
     assert 0 <= best["mean_iou"] <= 1
     state = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
     assert state["data"]["mask_values"] == [0, 128, 255]
+    assert state["data"]["class_names"] == ["no change", "road", "building"]
     assert state["model"]["head.bias"].shape == (3 * 4,)
+    assert best["mean_iou_of_change"] == max(
+        float(row["val/mean_iou_of_change"]) for row in rows(tmp_path / "runs" / "a")
+    )
+    assert (tmp_path / "runs" / "a" / "confusion_matrix.png").is_file()
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_classes_are_those_of_the_file_beside_the_data(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tree = save_tree(tmp_path / "set", train=2, val=1)
+    for path in tree.rglob("label/*.png"):
+        Image.fromarray(mask_of(value=7)).save(path)
+    (tree / "classes.json").write_text('{"none": 0, "road": 7, "fire": 9}')
+    train(options(tree, epochs=1, name="a", class_weights=weights, loss="ce+dice"))
+    state = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
+    assert state["model_kwargs"]["num_classes"] == 3
+    assert state["data"]["class_names"] == ["none", "road", "fire"]
+    said = capsys.readouterr().out
+    assert "IoU of fire" in said and "mean iou of change" in said
+    with pytest.raises(UserError, match="--num-classes 4: .*classes.json"):
+        train(options(tree, num_classes=4))
+
+
+def semantic_sample(folder: Path) -> Path:
+    counts = {"train": 4, "val": 2}
+    return sample_data.make_sample_set(folder, num_pairs=counts, size=64, kind="semantic")
+
+
+def test_semantic_change_trains(tmp_path: Path) -> None:
+    given = options(semantic_sample(tmp_path / "set"), task="semantic")
+    best = train({**given, "epochs": 2, "name": "straight"})
+    assert {"scd_score", "sek", "f_scd", "miou_change", "iou/building"} <= set(best)
+    run = tmp_path / "runs" / "straight"
+    assert {"confusion_matrix.png", "transitions.png"} <= {path.name for path in run.iterdir()}
+    table = rows(run)
+    assert best["scd_score"] == max(float(row["val/scd_score"]) for row in table)
+    state = read_checkpoint(run / "best.pt")
+    assert state["model_kwargs"]["task"] == "semantic"
+    assert state["data"]["class_names"][1:3] == ["water", "ground"]
+    model = load_model(run / "best.pt")
+    before, after, masks = open_dataset(given["data_dir"], task="semantic", crop_size=32)[0]
+    assert model(before[None], after[None]).shape == (1, 1 + 2 * 5, 32, 32)
+    assert masks.shape == (2, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("kind", sample_data.FOLDERS)
+def test_every_fusion_trains_on_every_kind_of_set(fusion: str, kind: str, tmp_path: Path) -> None:
+    counts = {"train": 2, "val": 1}
+    root = sample_data.make_sample_set(tmp_path / "s", num_pairs=counts, size=64, kind=kind)
+    more: dict[str, Any] = {"task": "semantic"} if kind == "semantic" else {}
+    more |= {"num_classes": 3} if kind == "3-classes" else {}
+    best = train(options(root, epochs=1, fusion=fusion, **more))
+    assert best["epoch"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [*ENCODERS, "timm:mobilenetv3_small_100"])
+def test_every_backbone_trains(backbone: str, tmp_path: Path) -> None:
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    tree = save_tree(tmp_path / "levir", size=(64, 64), train=2, val=1)
+    given = {"backbone": backbone, "epochs": 1, "crop_size": 64, "freeze_backbone": False}
+    assert train(options(tree, **given))["epoch"] == 1
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "dice+focal"])
+def test_every_loss_trains(loss: str, tree: Path) -> None:
+    assert train(options(tree, epochs=1, loss=loss))["epoch"] == 1
 
 
 def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:

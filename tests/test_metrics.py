@@ -1,9 +1,19 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from metrics import Confusion, ScoreHistogram, change_probability, predict_classes
+from metrics import (
+    Confusion,
+    ScoreHistogram,
+    SemanticConfusion,
+    build_confusion,
+    change_probability,
+    predict_classes,
+)
 
 
 def logits_of(prediction: Tensor, num_classes: int = 1) -> Tensor:
@@ -125,3 +135,121 @@ def test_curve_passes_through_the_scores() -> None:
     assert recall[128].item() == pytest.approx(scores["change_recall"])
     assert recall[0] == 1
     assert (recall.diff() <= 0).all()
+
+
+def test_each_class_has_scores_under_its_name() -> None:
+    target = torch.tensor([[[0, 1, 2, 2, 2, 255]]])
+    predicted = torch.tensor([[[0, 2, 2, 0, 2, 1]]])
+    confusion = Confusion(4, names=("none", "road", "building", "ruin"))
+    confusion.add(predicted, target)
+    scores = confusion.scores()
+    assert scores["iou/building"] == pytest.approx(2 / 4)
+    assert scores["dice/building"] == pytest.approx(4 / 6)
+    assert scores["precision/building"] == pytest.approx(2 / 3)
+    assert scores["recall/building"] == pytest.approx(2 / 3)
+    assert scores["iou/road"] == scores["precision/road"] == scores["recall/road"] == 0
+    assert scores["iou/ruin"] == scores["precision/ruin"] == scores["recall/ruin"] == 1
+    assert scores["mean_iou"] == pytest.approx((1 / 2 + 0 + 1 / 2 + 1) / 4)
+    assert scores["mean_iou_of_change"] == pytest.approx((0 + 1 / 2 + 1) / 3)
+    assert confusion.headline == "mean_iou_of_change"
+
+
+# ---- semantic change
+
+
+def semantic_logits(change: Tensor, before: Tensor, after: Tensor, num_classes: int) -> Tensor:
+    dates = [F.one_hot(x.long() - 1, num_classes).movedim(-1, 1) * 8.0 for x in (before, after)]
+    return torch.cat([change.unsqueeze(1) * 8.0 - 4, *dates], dim=1)
+
+
+def test_semantic_by_hand() -> None:
+    """Four pixels of two dates, two classes: the matrix, kappa and all else by hand."""
+    target = torch.tensor([[[[0, 0, 1, 1]], [[0, 0, 2, 2]]]])
+    change = torch.tensor([[[0, 1, 1, 1]]])
+    before = torch.tensor([[[1, 1, 1, 2]]])
+    after = torch.tensor([[[1, 2, 2, 2]]])
+    confusion = SemanticConfusion(2, names=("unchanged", "ground", "building"))
+    confusion.update(semantic_logits(change, before, after, 2), target)
+    # both dates: truth 0 0 1 1 0 0 2 2, predicted 0 1 1 2 0 2 2 2
+    assert confusion.matrix.tolist() == [[2, 1, 1], [0, 1, 1], [0, 0, 2]]
+    scores = confusion.scores()
+    assert scores["change_iou"] == pytest.approx(4 / 6)
+    assert scores["miou_change"] == pytest.approx((4 / 6 + 2 / 4) / 2)
+    # kappa without [0, 0]: n = 6, agreement 3/6, rows 2 2 2, columns 0 2 4
+    by_chance = (2 * 0 + 2 * 2 + 2 * 4) / 36
+    kappa = (3 / 6 - by_chance) / (1 - by_chance)
+    sek = kappa * math.exp(4 / 6 - 1)
+    assert scores["sek"] == pytest.approx(sek)
+    assert scores["scd_score"] == pytest.approx(0.3 * (4 / 6 + 1 / 2) / 2 + 0.7 * sek)
+    # 3 of 6 claimed pixels are right, 3 of 4 true ones are found
+    assert scores["f_scd"] == pytest.approx(2 * (3 / 6) * (3 / 4) / (3 / 6 + 3 / 4))
+    assert scores["iou/building"] == pytest.approx(2 / 4)
+    truth, claimed, right = confusion.transitions.tolist()
+    assert truth == [[2, 0, 0], [0, 0, 2], [0, 0, 0]]
+    assert claimed == [[1, 0, 0], [0, 0, 2], [0, 0, 1]]
+    assert right == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def reference_sek(matrix: np.ndarray) -> tuple[float, float, float]:
+    """Score, mIoU and SeK as the evaluation code of SECOND computes them, step by step."""
+    hist = matrix.astype(float)
+    changed = hist[1:, 1:].sum()
+    binary = np.array([[hist[0, 0], hist[0, 1:].sum()], [hist[1:, 0].sum(), changed]])
+    iou = np.diag(binary) / (binary.sum(0) + binary.sum(1) - np.diag(binary))
+    without = hist.copy()
+    without[0, 0] = 0
+    total = without.sum()
+    agreement = np.trace(without) / total
+    chance = (without.sum(1) * without.sum(0)).sum() / total**2
+    kappa = (agreement - chance) / (1 - chance)
+    sek = kappa * np.exp(iou[1]) / np.e
+    return 0.3 * iou.mean() + 0.7 * sek, iou.mean(), sek
+
+
+def test_semantic_agrees_with_the_reference_whatever_the_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 9, 11)
+    changed = torch.rand(shape, generator=generator) < 0.4
+    labels = torch.randint(1, 7, (6, 2, 9, 11), generator=generator) * changed.unsqueeze(1)
+    labels[0, :, 2:4] = 255
+    logits = torch.randn(6, 13, 9, 11, generator=generator)
+    for batch in (1, 4, 6):
+        confusion = build_confusion("semantic", 6)
+        for x, t in zip(logits.split(batch), labels.split(batch), strict=True):
+            confusion.update(x, t.to(torch.uint8))
+        matrix = np.zeros((7, 7), int)
+        predicted = predict_classes(logits, task="semantic")
+        valid = labels != 255
+        np.add.at(matrix, (labels[valid].numpy(), predicted[valid].numpy()), 1)
+        assert confusion.matrix.tolist() == matrix.tolist()
+        scores = confusion.scores()
+        names = ("scd_score", "miou_change", "sek")
+        assert [scores[name] for name in names] == pytest.approx(reference_sek(matrix))
+        assert confusion.counts[1].sum() == valid[:, 0].sum()
+
+
+def test_semantic_scores_are_defined_where_there_is_nothing() -> None:
+    empty = SemanticConfusion(3)
+    assert all(math.isfinite(score) for score in empty.scores().values())
+    zeros = torch.zeros(1, 2, 4, 4, dtype=torch.long)
+    empty.add(zeros, zeros)
+    scores = empty.scores()
+    assert scores["miou_change"] == scores["change_iou"] == scores["f_scd"] == 1
+    assert all(math.isfinite(score) for score in scores.values())
+    perfect = SemanticConfusion(2)
+    target = torch.tensor([[[[0, 1, 2]], [[0, 2, 1]]]])
+    perfect.add(target, target)
+    assert perfect.scores()["sek"] == perfect.scores()["scd_score"] == pytest.approx(1)
+    perfect.reset()
+    assert perfect.counts.sum() == 0
+
+
+def test_semantic_change_is_where_its_probability_says() -> None:
+    logits = torch.randn(2, 13, 5, 5)
+    classes = predict_classes(logits, 0.7, task="semantic")
+    probability = change_probability(logits, task="semantic")
+    assert torch.equal((classes > 0).all(1), probability > 0.7)
+    assert torch.equal((classes > 0).any(1), probability > 0.7)
+    histogram = ScoreHistogram()
+    histogram.update(logits, torch.zeros(2, 2, 5, 5, dtype=torch.uint8), task="semantic")
+    assert histogram.counts.sum() == 50

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 import sample_data
+from classes import choose_classes
+from dataset import open_dataset
 from errors import UserError
 from sample_data import MARKER, SPLITS, make_pair, make_sample_set
 
@@ -21,12 +23,12 @@ PINNED = "c7aaf557447afba1778eb8afb67b5c77c73a5ac49588afb905c287294d625678"
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def pairs() -> list[tuple[np.ndarray, ...]]:
     return [make_pair(0, "train", index) for index in range(24)]
 
 
 def test_pixels_are_the_same_on_every_machine() -> None:
-    pairs = [make_pair(0, "train", index, size=64, num_classes=3) for index in range(6)]
+    pairs = [make_pair(0, "train", index, size=64, kind="3-classes") for index in range(6)]
     pixels = b"".join(array.tobytes() for pair in pairs for array in pair)
     # Another hash after a change to the drawing is fine: pin it anew and raise VERSION.
     assert sha256(pixels).hexdigest() == PINNED
@@ -41,20 +43,20 @@ def test_a_pair_depends_on_its_key_and_on_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 48, 100])
-@pytest.mark.parametrize("num_classes", [1, 3])
-def test_shapes_and_values(size: int, num_classes: int) -> None:
+@pytest.mark.parametrize("kind", ["change", "3-classes"])
+def test_shapes_and_values(size: int, kind: str) -> None:
     for split in SPLITS:
-        before, after, mask = make_pair(1, split, 0, size=size, num_classes=num_classes)
+        before, after, mask = make_pair(1, split, 0, size=size, kind=kind)
         assert before.shape == after.shape == (size, size, 3)
         assert mask.shape == (size, size)
         assert before.dtype == after.dtype == mask.dtype == np.uint8
-        assert set(np.unique(mask)) <= ({0, 255} if num_classes == 1 else {0, 128, 255})
+        assert set(np.unique(mask)) <= ({0, 255} if kind == "change" else {0, 128, 255})
 
 
 def test_three_classes_add_roads_and_leave_buildings_alone() -> None:
     values: set[int] = set()
     for index in range(8):
-        before, after, mask = make_pair(0, "train", index, size=128, num_classes=3)
+        before, after, mask = make_pair(0, "train", index, size=128, kind="3-classes")
         binary = make_pair(0, "train", index, size=128)
         assert np.array_equal(before, binary[0])
         assert np.array_equal(after, binary[1])
@@ -64,8 +66,8 @@ def test_three_classes_add_roads_and_leave_buildings_alone() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="num_classes is 2"):
-        make_pair(0, "train", 0, num_classes=2)
+    with pytest.raises(ValueError, match="kind is 'roads'"):
+        make_pair(0, "train", 0, kind="roads")
     with pytest.raises(ValueError, match="split is 'trian'"):
         make_pair(0, "trian", 0)
     with pytest.raises(ValueError, match="size is 8"):
@@ -246,3 +248,35 @@ def test_two_processes_at_once_make_one_set(tmp_path: Path, half_made: bool) -> 
     alone = make_sample_set(tmp_path / "alone", num_pairs=FEW, size=32)
     assert files_of(tmp_path / "set") == files_of(alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "set"]
+
+
+def test_labels_of_both_dates(tmp_path: Path) -> None:
+    told: set[int] = set()
+    for index in range(6):
+        before, after, first, second = make_pair(0, "train", index, size=128, kind="semantic")
+        change = make_pair(0, "train", index, size=128)
+        assert np.array_equal(before, change[0]) and np.array_equal(after, change[1])
+        assert np.array_equal(first == 0, second == 0)
+        assert (first != second)[first > 0].all()  # a change is one of class
+        built = (change[2] > 0) & (second == 5) & (first != 5)
+        gone = (change[2] > 0) & (first == 5) & (second != 5)
+        assert np.array_equal(built | gone, (change[2] > 0) & ((first == 5) != (second == 5)))
+        assert ((change[2] > 0) & ~(built | gone)).mean() < 0.01
+        told |= set(np.unique(second).tolist())
+    assert told == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_semantic_set_is_read_back_by_its_colours(tmp_path: Path) -> None:
+    root = make_sample_set(tmp_path / "s", num_pairs=FEW, size=48, kind="semantic")
+    classes = choose_classes(root, task="semantic")
+    assert classes.names == ("unchanged", "water", "ground", "low vegetation", "tree", "building")
+    dataset = open_dataset(root, "train", task="semantic", crop_size=48)
+    for index in range(2):
+        drawn = make_pair(0, "train", index, size=48, kind="semantic")
+        before, after, masks = dataset[index]
+        assert np.array_equal(before.permute(1, 2, 0), drawn[0])
+        assert np.array_equal(after.permute(1, 2, 0), drawn[1])
+        assert np.array_equal(masks, np.stack(drawn[2:]))
+    (root / "classes.json").unlink()
+    make_sample_set(root, num_pairs=FEW, size=48, kind="semantic")
+    assert (root / "classes.json").is_file()

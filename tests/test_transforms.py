@@ -84,3 +84,14 @@ def test_chance_comes_from_the_generator_alone() -> None:
 def test_geometry_does_not_depend_on_the_colours() -> None:
     for seed in range(20):
         assert torch.equal(augmented(GEOMETRY, seed)[2], augmented(Augment(), seed)[2])
+
+
+def test_exchanged_dates_take_their_labels_along() -> None:
+    before, after, numbers = sample()
+    masks = torch.stack([numbers, numbers + 100])
+    swaps = 0
+    for seed in range(40):
+        first, second, both = augmented(GEOMETRY, seed, (before, after, masks))
+        assert torch.equal(torch.stack([first[0], second[0]]), both)
+        swaps += bool(first.max() > second.max())
+    assert 10 < swaps < 30

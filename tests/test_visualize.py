@@ -9,13 +9,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
+from image_io import MaskCoding
 from visualize import (
+    COLUMNS,
     FALSE_ALARM,
     HIT,
     IGNORED,
     MISS,
+    WRONG_CLASS,
     color_classes,
     color_errors,
+    palette,
     pick_samples,
     plot_predictions,
     prediction_grid,
@@ -87,9 +91,13 @@ def test_four_in_five_show_change(val: ChangeDataset) -> None:
 
 
 def test_errors_are_coloured_by_hand() -> None:
-    truth = np.array([[1, 0, 1, 0, 255, 2]])
-    predicted = np.array([[1, 1, 0, 0, 1, 1]])
-    expected = [HIT, FALSE_ALARM, MISS, (0, 0, 0), tuple(IGNORED), MISS]
+    truth = np.array([[[1, 0, 1, 0, 255, 2]]])
+    predicted = np.array([[[1, 1, 0, 0, 1, 1]]])
+    expected = [HIT, FALSE_ALARM, MISS, (0, 0, 0), tuple(IGNORED), WRONG_CLASS]
+    assert [tuple(c) for c in color_errors(truth, predicted)[0]] == expected
+    truth = np.array([[[1, 1, 1, 0]], [[2, 2, 2, 0]]])
+    predicted = np.array([[[1, 1, 0, 1]], [[2, 3, 0, 1]]])
+    expected = [HIT, WRONG_CLASS, MISS, FALSE_ALARM]
     assert [tuple(c) for c in color_errors(truth, predicted)[0]] == expected
 
 
@@ -99,13 +107,34 @@ def test_classes_have_colours_of_their_own() -> None:
     assert tuple(color_classes(np.array([[255]]))[0, 0]) == tuple(IGNORED)
 
 
+def test_every_class_has_a_colour_of_the_files_or_ours() -> None:
+    colors = ((255, 255, 255), (0, 0, 255), (128, 128, 128))
+    assert palette(MaskCoding((0, 1, 2), colors=colors)).tolist() == list(map(list, colors))
+    many = palette(MaskCoding(tuple(range(30))))
+    assert many.shape == (30, 3)
+    assert (many[1:] != many[0]).any(1).all()
+
+
+@pytest.mark.parametrize("task", ["change", "semantic"])
+def test_classes_are_named_below_the_grid(task: str) -> None:
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    mask = torch.zeros((2, 8, 8) if task == "semantic" else (8, 8), dtype=torch.uint8)
+    mask[..., :4, :4] = 2
+    coding = MaskCoding((0, 1, 2), ("none", "road", "building"))
+    figure = prediction_grid([(image, image, mask)] * 2, [mask] * 2, coding)
+    assert len(figure.axes) == 2 * len(COLUMNS[task])
+    words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert {"none", "road", "building", "wrong class"} <= set(words)
+    assert figure.axes[len(COLUMNS[task]) - 1].get_title() == "errors: IoU 1.00"
+
+
 def test_sizes_may_differ_from_row_to_row() -> None:
     samples = [
         (torch.zeros(3, n, n + 4, dtype=torch.uint8),) * 2
         + (torch.zeros(n, n + 4, dtype=torch.uint8),)
         for n in (8, 20)
     ]
-    figure = prediction_grid(samples, [s[2] for s in samples], title="t")
+    figure = prediction_grid(samples, [s[2] for s in samples], MaskCoding((0, 255)), title="t")
     assert "no change, 0 px claimed" in figure.axes[4].get_title()
 
 

@@ -10,6 +10,7 @@ A sample is a function of (seed, epoch, index): the number of workers, the order
 change nothing.
 """
 
+import math
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from classes import choose_classes
+from distributed import share, world_size
 from errors import DataFault, UserError
 from image_io import IGNORE, choose_mask_coding, label_values, read_label
 from layouts import find_pairs
@@ -93,11 +95,13 @@ class ChangeDataset(Dataset[Sample]):
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """The batches of one epoch as lists of (epoch, index); `set_epoch` before each.
 
-    The epoch travels with every key, so workers that live on from epoch to epoch need no word.
+    The epoch travels with every key, so workers that live on from epoch to epoch need no word. Of
+    several processes, each gets its share: with `shuffle` of each batch, which so is the same list
+    of samples however many share it; else of the samples, so that each reads its own images.
 
     Args:
         num_samples: of the dataset.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, of all processes together.
         shuffle: in an order drawn from (seed, epoch); it also drops an incomplete last batch,
             unless that is the only one.
         seed: of the order.
@@ -116,17 +120,24 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.first_batch = first_batch
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_samples, self.batch_size)
-        return max(1, whole) if self.shuffle else whole + bool(rest)
+        if self.shuffle:
+            return max(1, self.num_samples // self.batch_size)
+        return math.ceil(len(share(range(self.num_samples))) / self._part_size())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.num_samples)
+        order: Sequence[int] = share(range(self.num_samples))
+        size = self._part_size()
         if self.shuffle:
             # a stream of its own: (seed, epoch, index) belongs to the samples
-            order = np.random.default_rng((self.seed, self.epoch, 0, 1)).permutation(order)
+            rng = np.random.default_rng((self.seed, self.epoch, 0, 1))
+            order, size = rng.permutation(self.num_samples).tolist(), self.batch_size
         for batch in range(self.first_batch, len(self)):
-            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, int(index)) for index in part]
+            part = order[batch * size : (batch + 1) * size]
+            part = share(part) if self.shuffle else part
+            yield [(self.epoch, index) for index in part]
+
+    def _part_size(self) -> int:
+        return math.ceil(self.batch_size / world_size())
 
 
 class PairLoader(DataLoader[Sample]):

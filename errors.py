@@ -54,10 +54,14 @@ class StopRequest:
 
     The first signal only sets `signal_number`. A second one more than two seconds later leaves at
     once: torchrun and the terminal both deliver the first, so an echo must not count.
+
+    Args:
+        is_silent: says nothing when the first arrives, for all but one of several processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_silent: bool = False) -> None:
         self.signal_number = 0
+        self.is_silent = is_silent
         self._first = 0.0
         self._before: dict[int, object] = {}
 
@@ -78,7 +82,9 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self.signal_number:
             self.signal_number, self._first = number, time.monotonic()
-            print("\nstopping after this step; again to leave at once", file=sys.stderr, flush=True)
+            if not self.is_silent:
+                line = "\nstopping after this step; again to leave at once"
+                print(line, file=sys.stderr, flush=True)
         elif time.monotonic() - self._first > 2:
             raise KeyboardInterrupt
 
@@ -90,23 +96,30 @@ def visible(text: str) -> str:
     )
 
 
-def run_script(script: Callable[[], object]) -> int:
-    """Run a script's body and turn its end into an exit code, without a traceback for users."""
+def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lambda: True) -> int:
+    """Run a script's body and turn its end into an exit code, without a traceback for users.
+
+    Args:
+        script: the body.
+        may_speak: asked before saying why the script ended early; see `distributed.run`.
+    """
+
+    def end(why: object, code: int) -> int:
+        if may_speak():
+            print(why, file=sys.stderr, flush=True)
+        return code
+
     try:
         script()
     except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return end(f"error: {visible(str(error))}", error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {visible(where)}{error.strerror}", file=sys.stderr)
-        return 2
+        return end(f"error: {visible(where)}{error.strerror}", 2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
+        return end(stop, stop.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return end("interrupted", 130)
     return 0

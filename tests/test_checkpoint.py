@@ -49,7 +49,7 @@ def test_a_model_comes_back_as_it_was(model: SiameseUNet, state: dict, tmp_path:
 
 
 @pytest.mark.fault("C6")
-def test_c6_weights_of_a_compiled_model_keep_plain_names(model: SiameseUNet) -> None:
+def test_weights_of_a_compiled_model_keep_plain_names(model: SiameseUNet) -> None:
     compiled = build_model(**KWARGS)  # type: ignore[arg-type]
     compiled.compile()
     assert compiled.state_dict().keys() == model.state_dict().keys()
@@ -64,7 +64,7 @@ def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("R18")
-def test_r18_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     save_checkpoint(path, tiny_state(1.0))
     with pytest.raises(UserError, match="w is no longer finite"):
@@ -73,7 +73,7 @@ def test_r18_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None
 
 
 @pytest.mark.fault("R4")
-def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, tiny_state(1.0))
     code = (
@@ -99,7 +99,7 @@ def test_r4_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"<html>404</html>", os.urandom(5000), b"PK\x03\x04broken"]
 )
-def test_c1_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(UserError, match="x.pt: not a readable checkpoint"):
@@ -107,7 +107,7 @@ def test_c1_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> 
 
 
 @pytest.mark.fault("C1")
-def test_c1_truncated_and_missing(tmp_path: Path) -> None:
+def test_truncated_and_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(UserError, match="no such checkpoint"):
         read_checkpoint(path)
@@ -118,7 +118,7 @@ def test_c1_truncated_and_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("C2")
-def test_c2_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     save_checkpoint(path, tiny_state(1.0))
     content = bytearray(path.read_bytes())
@@ -141,7 +141,7 @@ class Evil:
 
 @pytest.mark.fault("C3")
 @pytest.mark.parametrize("zipped", [True, False])
-def test_c3_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "touched"
     torch.save({"model": Evil(target)}, path, _use_new_zipfile_serialization=zipped)
     if not zipped:
@@ -153,7 +153,7 @@ def test_c3_code_in_a_pickle_is_never_run(zipped: bool, tmp_path: Path) -> None:
 
 @pytest.mark.fault("C4")
 @pytest.mark.parametrize("key", ["format", "model", "model_kwargs", "config", "data"])
-def test_c4_missing_keys_are_named(key: str, tmp_path: Path) -> None:
+def test_missing_keys_are_named(key: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     content = {"format": 1, **tiny_state()}
     del content[key]
@@ -163,7 +163,7 @@ def test_c4_missing_keys_are_named(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("C4")
-def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     weights = dict(state["model"])
     weights["head.bias"] = torch.zeros(7)
@@ -199,7 +199,7 @@ def test_c4_weights_that_do_not_fit_are_named(state: dict, tmp_path: Path) -> No
         ({7: 7}, "7 is unknown"),
     ],
 )
-def test_c4_a_hostile_description_is_refused_before_anything_is_built(
+def test_a_hostile_description_is_refused_before_anything_is_built(
     kwargs: dict, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*_: object) -> None:
@@ -240,7 +240,7 @@ def test_saved_on_a_gpu_loads_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.fault("C9")
-def test_c9_newer_format_is_refused(tmp_path: Path) -> None:
+def test_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({**tiny_state(), "format": 2, "versions": {"repository": "9.9"}}, path)
     with pytest.raises(UserError, match=r"format 2 is newer than this code's 1.*9\.9"):

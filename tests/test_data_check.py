@@ -56,7 +56,7 @@ def test_classes_of_a_multi_class_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D2", "D3")
-def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
+def test_d3_all_faults_at_once(tmp_path: Path) -> None:
     train = save_tree(tmp_path, train=4, val=1) / "train"
     save(train / "B" / "train_0.png", picture(9, 32, 31))
     (train / "A" / "train_1.png").write_bytes(b"")
@@ -76,7 +76,7 @@ def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.fault("D6")
 @pytest.mark.parametrize("value", [254, 128, 2])
-def test_d6_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
+def test_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
     save_tree(tmp_path, train=2, val=2)
     save(tmp_path / "val" / "label" / "val_1.png", mask_of(value=value))
     with pytest.raises(UserError, match=rf"{value}.*val_1\.png"):
@@ -97,7 +97,7 @@ def test_the_coding_is_told_from_all_files(tmp_path: Path) -> None:
 
 @pytest.mark.fault("D14")
 @pytest.mark.parametrize(("value", "said"), [(0, "no change"), (255, "nothing but change")])
-def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
+def test_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
     save_tree(tmp_path, train=1, val=1)
     save(tmp_path / "val" / "label" / "val_0.png", np.full((32, 32), value, np.uint8))
     (warning,) = checked(tmp_path).warnings
@@ -106,7 +106,7 @@ def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said:
 
 
 @pytest.mark.fault("D9")
-def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
+def test_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     pixels = np.asarray(Image.open(tmp_path / "train" / "A" / "train_1.png"))
     (tmp_path / "val" / "A" / "val_0.png").unlink()
@@ -117,7 +117,7 @@ def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D5")
-def test_d5_jpeg_labels_are_said_once(tmp_path: Path) -> None:
+def test_jpeg_labels_are_said_once(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     for path in list(tmp_path.glob("*/label/*.png")):
         Image.open(path).save(path.with_suffix(".jpg"), quality=60)
@@ -239,7 +239,7 @@ def test_the_memo_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.fault("D15")
-def test_d15_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
+def test_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     data = save_tree(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").write_text("")
     assert checked(data, memo=tmp_path / "file" / "memo.json") == checked(data)

@@ -46,7 +46,7 @@ def digest(batches: Iterable[Iterable[Tensor]]) -> list[str]:
 
 @pytest.mark.fault("D10")
 @pytest.mark.parametrize("crop_size", [32, 256])
-def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
+def test_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
     dataset = ChangeDataset(source, crop_size=crop_size)
     for number, (height, width) in enumerate(SIZES):
         side = [-(-n // crop_size) * crop_size for n in (height, width)]
@@ -71,7 +71,7 @@ def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size
 
 
 @pytest.mark.fault("D10")
-def test_d10_training_crops_of_any_size(source: FileSource) -> None:
+def test_training_crops_of_any_size(source: FileSource) -> None:
     augment = Augment(brightness=0, contrast=0, saturation=0)
     dataset = ChangeDataset(source, crop_size=32, augment=augment)
     for index, (number, *_) in enumerate(dataset.patches):
@@ -166,7 +166,7 @@ def test_order_depends_on_seed_and_epoch_and_goes_on_in_the_middle() -> None:
 
 @pytest.mark.fault("R22")
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_r22_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
+def test_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
     seen = []
     for num_workers in (0, 2):
         dataset = ChangeDataset(source, crop_size=32, augment=Augment() if shuffle else None)
@@ -191,7 +191,7 @@ def test_a_source_and_a_dataset_can_be_pickled(source: FileSource) -> None:
 
 @pytest.mark.fault("D13")
 @pytest.mark.parametrize("spoil", ["delete", "shrink", "repaint", "truncate"])
-def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
+def test_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
     source = source_of(tmp_path, [(32, 32), (32, 32)])
     dataset = ChangeDataset(source, crop_size=32)
     expected = digest([dataset[0], dataset[1]])
@@ -211,7 +211,7 @@ def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: st
 
 @pytest.mark.fault("R6")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
+def test_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
     source = source_of(tmp_path, [(32, 32)])
     loader = make_loader(
         ChangeDataset(source, crop_size=32), 1, shuffle=False, num_workers=num_workers
@@ -236,7 +236,7 @@ class Deadly(FileSource):
 
 @pytest.mark.fault("R6")
 @pytest.mark.parametrize(("first", "says"), [("p0", "code 3"), ("q0", "signal 9")])
-def test_r6_a_worker_that_dies_is_one_clear_line(first: str, says: str, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_one_clear_line(first: str, says: str, tmp_path: Path) -> None:
     files = source_of(tmp_path, [(32, 32)] * 5)
     pairs = [dataclasses.replace(pair, name=f"{first[0]}{i}") for i, pair in enumerate(files.pairs)]
     dataset = ChangeDataset(Deadly(pairs, CODING), crop_size=32)

@@ -131,7 +131,7 @@ def test_an_epoch_left_in_its_middle_goes_on_as_if_nothing_happened() -> None:
 
 @pytest.mark.fault("R5")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_r5_a_bad_step_is_not_applied(value: float) -> None:
+def test_a_bad_step_is_not_applied(value: float) -> None:
     run, loader = Run(), batches(4)
     run.epoch(loader[:2])
     kept = run.weights()
@@ -177,7 +177,7 @@ class Overflowing(torch.amp.GradScaler):
 
 
 @pytest.mark.fault("R18")
-def test_r18_the_schedule_waits_for_a_skipped_step() -> None:
+def test_the_schedule_waits_for_a_skipped_step() -> None:
     run = Run()
     scaler = Overflowing()
     run.precision = Precision(None, scaler)

@@ -40,7 +40,7 @@ def test_success_is_0_and_our_own_faults_keep_their_traceback() -> None:
 
 @pytest.mark.fault("R3")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_r3_first_signal_is_noted_and_its_echo_ignored(
+def test_first_signal_is_noted_and_its_echo_ignored(
     number: signal.Signals, capsys: pytest.CaptureFixture
 ) -> None:
     before = signal.getsignal(number)
@@ -54,7 +54,7 @@ def test_r3_first_signal_is_noted_and_its_echo_ignored(
 
 
 @pytest.mark.fault("R3")
-def test_r3_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr("errors.time.monotonic", lambda: now[0])
     with StopRequest(), pytest.raises(KeyboardInterrupt):

@@ -101,7 +101,7 @@ def test_a_cache_is_built_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.fault("D13")
 @pytest.mark.parametrize("which", ["A", "B", "label"])
-def test_d13_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
+def test_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
     stale = opened(data)
     path = data / "train" / which / "p2.png"
     save(path, mask_of(32, 32, 0) if which == "label" else picture(77))
@@ -111,7 +111,7 @@ def test_d13_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
 
 
 @pytest.mark.fault("D13")
-def test_d13_the_same_bytes_at_another_time_are_decoded_again(
+def test_the_same_bytes_at_another_time_are_decoded_again(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(data)
@@ -194,7 +194,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fault("P4")
-def test_p4_a_full_disk_is_said(
+def test_a_full_disk_is_said(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_disk(monkeypatch)
@@ -211,7 +211,7 @@ def test_p4_a_full_disk_is_said(
 
 
 @pytest.mark.fault("P4")
-def test_p4_a_disk_that_fills_while_decoding(
+def test_a_disk_that_fills_while_decoding(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:

@@ -68,7 +68,7 @@ def test_as_the_notebook_calls_it(
 
 
 @pytest.mark.fault("R12")
-def test_r12_needs_no_display(
+def test_needs_no_display(
     val: ChangeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)

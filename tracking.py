@@ -31,6 +31,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,9 @@ class Tracker:
         mlflow_run_id: the MLflow run to go on with, from a checkpoint. One that the store does not
             know becomes a new run, with the history of metrics.csv and a tag naming the old one.
         experiment: of MLflow.
+        guest: adds to a run that is another process's (an evaluation): its status and options in
+            MLflow stay as they are. Where the store does not know the run, a new one says in a
+            tag what it is an `evaluation_of`.
 
     Attributes:
         mlflow_run_id: for the checkpoint; what was given, where MLflow cannot be had this time.
@@ -84,8 +88,11 @@ class Tracker:
         first_step: int = 0,
         mlflow_run_id: str | None = None,
         experiment: str = "change-detection",
+        guest: bool = False,
     ) -> None:
         self.mlflow_run_id = mlflow_run_id
+        self._is_guest = guest
+        self._owns_run = True
         self._run_dir = run_dir
         self._options = _flatten(config)
         self._first_step = first_step
@@ -143,6 +150,13 @@ class Tracker:
         self._queue(values, step)
         self._to_mlflow(self._send)
 
+    def log_scores(self, scores: Mapping[str, float], step: int) -> None:
+        """Record numbers that are no row of metrics.csv, such as those of a finished run's test."""
+        values = {name: float(value) for name, value in scores.items()}
+        self._tensorboard(self._add_scalars, values, step)
+        self._queue(values, step)
+        self._to_mlflow(self._send)
+
     def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         """Record a picture of an epoch. The figure stays open."""
         path = f"figures/{name}_{step:04}.png"
@@ -159,9 +173,9 @@ class Tracker:
         """
         self._tensorboard(self._add_pr_curve, name, counts, step)
 
-    def log_artifact(self, path: Path) -> None:
-        """Copy a file to the MLflow run."""
-        self._to_mlflow(lambda client: client.log_artifact(self.mlflow_run_id, str(path)))
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the MLflow run, into a folder of its artifacts."""
+        self._to_mlflow(lambda client: client.log_artifact(self.mlflow_run_id, str(path), folder))
 
     def log_datasets(
         self, name: str, *, digest: str, source: str, num_pairs: Mapping[str, int]
@@ -213,7 +227,8 @@ class Tracker:
             self._tensorboard(self._writer.close)
         if self._unsent:
             self._to_mlflow(self._send)
-        self._to_mlflow(lambda client: client.set_terminated(self.mlflow_run_id, status))
+        if self._owns_run:
+            self._to_mlflow(lambda client: client.set_terminated(self.mlflow_run_id, status))
         self._tensorboard.is_on = self._mlflow.is_on = False
         threading.excepthook = self._thread_hook
 
@@ -357,7 +372,7 @@ class Tracker:
 
         tags = {**tags, "run_dir": str(self._run_dir), "mlflow.source.name": Path(sys.argv[0]).name}
         if self.mlflow_run_id:
-            tags["resumed_from"] = self.mlflow_run_id
+            tags["evaluation_of" if self._is_guest else "resumed_from"] = self.mlflow_run_id
             for step, row in self._rows.items():
                 self._queue({name: float(value) for name, value in row.items()}, step)
         tags = {name: without_secrets(value)[:5000] for name, value in tags.items()}
@@ -379,8 +394,11 @@ class Tracker:
             raise
         if run.info.lifecycle_stage != "active":
             return False
-        client.update_run(self.mlflow_run_id, "RUNNING")
         self._non_finite = int(run.data.tags.get("non_finite_metrics", 0))
+        if self._is_guest:
+            self._owns_run = False
+            return True
+        client.update_run(self.mlflow_run_id, "RUNNING")
         # params cannot be changed once they are logged, so a tag says what is new
         before, now = run.data.params, self._params()
         news = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
@@ -463,7 +481,20 @@ class _Optional:
 def without_secrets(text: str) -> str:
     """Drop user:password@, query and fragment from every URI in a text."""
     text = re.sub(r"(\w[\w+.-]*://)[^/\s]*@", r"\1", text)
+    for secret in _secrets_of_environment():  # libraries take an address apart in their messages
+        text = text.replace(secret, "***")
     return re.sub(r"(\w[\w+.-]*://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def _secrets_of_environment() -> list[str]:
+    """Return what must not be repeated of how to reach MLflow, the longest first."""
+    environment = os.environ
+    address = urlsplit(environment.get("MLFLOW_TRACKING_URI", ""))
+    found = [address.username, address.password, address.query, address.fragment]
+    found += [value for _, value in parse_qsl(address.query)]
+    found += [environment.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
+    # shorter ones would cut words apart, and protect nothing
+    return sorted({text for text in found if text and len(text) > 3}, key=len, reverse=True)
 
 
 def mlflow_name(name: str) -> str:

@@ -118,6 +118,7 @@ def prediction_grid(
     coding: MaskCoding,
     *,
     title: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw one row per sample.
 
@@ -127,11 +128,12 @@ def prediction_grid(
         predictions: class indices, one per sample, in the shape of its mask.
         coding: names and perhaps colours of the classes.
         title: over the picture.
+        names: of the rows, at their left.
     """
     columns = COLUMNS["semantic" if samples[0][2].ndim == 3 else "change"]
     colors = palette(coding)
     rows, side = len(samples), 2.1
-    height = rows * (side + 0.18) + 1.0
+    height = rows * (side + 0.18) + 1.0 + 0.17 * (title or "").count("\n")
     figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
@@ -149,6 +151,8 @@ def prediction_grid(
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row, -1].set_title(_row_score(truth, predicted), fontsize=9, pad=3)
+    for axis, name in zip(axes[:, 0], names or (), strict=bool(names)):
+        axis.set_ylabel(name, fontsize=7)
     for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
         axis.set_title(name, fontsize=10, pad=3)
     is_multi_class = len(coding.values) > 2
@@ -165,10 +169,16 @@ def prediction_grid(
         options: dict[str, Any] = {"ncols": len(handles), "fontsize": 9, "frameon": False}
         figure.legend(handles=handles, loc="lower center", bbox_to_anchor=anchor, **options)
     bottom = (0.2 + 0.25 * len(legends)) / height
+    top = 0.55 + 0.17 * (title or "").count("\n")
     if title:
         figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
     figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 0.55 / height, bottom=bottom, wspace=0.03, hspace=0.12
+        left=0.04 if names else 0.01,
+        right=0.99,
+        top=1 - top / height,
+        bottom=bottom,
+        wspace=0.03,
+        hspace=0.12,
     )
     return figure
 

@@ -231,7 +231,8 @@ def read_tif(path: Path) -> tuple[NDArray[Any], Any]:
         )
 
 
-def test_u2_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> None:
     files = geo_pair(tmp_path)
     result = pair(tmp_path / "out", Difference(), *files, min_area=1)
     _, (crs, transform, _, _) = read_tif(files[0])
@@ -256,7 +257,8 @@ def test_u2_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-def test_u2_no_data_stays_no_data(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_no_data_stays_no_data(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, nodata=200)
     pair(tmp_path / "out", Difference(), *files, probability="float32")
     # only one of three bands says 200, so the block counts
@@ -268,7 +270,8 @@ def test_u2_no_data_stays_no_data(tmp_path: Path) -> None:
     assert result["polygons"] == 0 and result["changed"] == 0
 
 
-def test_u2_dates_on_different_grids(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.fault("U2")
+def test_dates_on_different_grids(tmp_path: Path, checkpoint: Path) -> None:
     from rasterio.transform import from_origin
 
     before, _ = geo_pair(tmp_path)
@@ -329,9 +332,10 @@ def large_pair(folder: Path, height: int, width: int) -> list[Path]:
     return paths
 
 
+@pytest.mark.fault("U1")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_u1_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None:
     peaks = []
     for height in (1000, 16000):
         files = large_pair(tmp_path / str(height), height, 2000)
@@ -350,7 +354,8 @@ def test_u1_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> N
     assert peaks[1] - peaks[0] < pair_size / 2
 
 
-def test_u4_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
+@pytest.mark.fault("U4")
+def test_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, 300, 64)
     body = (
         "import maps, os, signal\n"
@@ -368,7 +373,8 @@ def test_u4_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Pa
     assert len(left) == 1 and left[0].startswith(".unfinished-")
 
 
-def test_u4_an_error_or_a_signal_leaves_nothing(
+@pytest.mark.fault("U4")
+def test_an_error_or_a_signal_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [save(tmp_path / f"{i}.png", picture(i, 64, 200)) for i in (1, 2)]

@@ -1,0 +1,290 @@
+"""Score a trained model: `python evaluate.py runs/NAME/best.pt`, `python evaluate.py --help`.
+
+Every protocol side by side, at the model's own threshold and at the one chosen on val; intervals,
+curves, calibration, the worst pairs; `--robustness` corrupts the later date. Several checkpoints
+(seeds) give mean and standard deviation. All of it goes to <run>/evaluation/<split>/, or with
+several checkpoints beside their runs, and to the MLflow run of the training.
+"""
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import config as cli
+from config import REQUIRED, option
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of an evaluation."""
+
+    # fmt: off
+    checkpoints: tuple[str, ...] = option(REQUIRED, "a run's best.pt or its folder; several (seeds) give mean and deviation", positional=True)  # noqa: E501
+
+    # data
+    data_dir: str | None = option(None, "folder of the dataset; else the one of the training", aliases=["--data-path"])  # noqa: E501
+    split: str = option("test", "what to score; the threshold is chosen on val", choices=("test", "val", "train"))  # noqa: E501
+    mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...; else as in training")  # noqa: E501
+
+    # what to measure
+    protocols: str = option("patches,whole,sliding", "patches, whole (image), sliding (windows)")
+    window: int = option(512, "side of a sliding window", above=0)
+    overlap: int = option(128, "of neighbouring windows, in pixels", at_least=0)
+    min_object: int = option(10, "pixels of the smallest object that counts", above=0)
+    robustness: bool = option(False, "score with the later date shifted, turned, blurred, ...")
+    robustness_pairs: int = option(64, "pairs to do that with, spread over the split; 0 = all", at_least=0)  # noqa: E501
+    seed: int = option(0, "of the bootstrap", at_least=0)
+
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"))  # noqa: E501
+    batch_size: int | None = option(None, "patches at once; else as in training", short="-b", above=0)  # noqa: E501
+    cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"))  # noqa: E501
+    workers: int | None = option(None, "loader processes", short="-j", at_least=0)
+
+    # what it leaves
+    output_dir: str | None = option(None, "folder for the results; one that is there stays, and -2, -3, ... is made", short="-o", aliases=["--output"])  # noqa: E501
+    json: bool = option(False, "print JSON instead of the table")
+    mlflow: bool = option(True, "log to MLflow as well")
+    # fmt: on
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    GIVEN = cli.parse(Config, description=__doc__)
+
+from checkpoint import read_checkpoint, restore_model
+from classes import choose_classes
+from data_check import check
+from errors import UserError, run_script
+from evaluation import ROBUSTNESS_PROTOCOL, evaluate_protocol, measure_robustness
+from evaluation_record import Evaluated, check_writable, log_results, write_results
+from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
+from layouts import find_pairs
+from plots import draw_all
+from protocols import PATCH_SIZE, PROTOCOLS, Predictor
+from sample_run import SAMPLE_LABEL, choose_data, is_sample
+from score_report import Report, as_json, protocols_report, summarize, text
+from sources import Source, open_source
+
+
+def run(given: dict[str, Any]) -> None:
+    """Evaluate; with --json nothing but JSON goes to stdout."""
+    if not given.get("json"):
+        evaluate(given)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        report = evaluate(given)
+    print(as_json(report))
+
+
+def evaluate(given: dict[str, Any]) -> Report:
+    """Evaluate from the options that a command line gives.
+
+    Returns:
+        Every number, as `score_report.py` describes.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    config = Config(**given)
+    protocols = choose_protocols(config)
+    checkpoints = read_checkpoints(config.checkpoints)
+    first = next(iter(checkpoints.values()))
+    device = pick_device(config.device)
+    amp = pick_precision(config.amp, device)
+    keep_freed_memory()
+    data = open_data(config, first)
+    wanted = Path(config.output_dir) if config.output_dir else None
+    check_writable(wanted or next(iter(checkpoints)).parent)
+    print(f"device  {describe(device)}, {'float32' if amp == 'off' else amp}", flush=True)
+
+    evaluated = []
+    for path, state in checkpoints.items():
+        predictor = Predictor(
+            restore_model(state, path).to(device).eval(),
+            amp=amp,
+            batch_size=config.batch_size or state["config"].get("batch_size", 8),
+            num_workers=default_workers() if config.workers is None else config.workers,
+            window=config.window,
+            overlap=config.overlap,
+        )
+        evaluated.append(evaluate_checkpoint(config, path, state, predictor, protocols, data))
+    runs = [one.report for one in evaluated]
+    knows_data = all(one.report["trained_on_this_data"] for one in evaluated)
+    report: Report = {
+        "data": data.name,
+        "split": config.split,
+        "place": config.split if knows_data else f"{data.folder}-{config.split}",
+        "pairs": len(data.split),
+        "val_pairs": len(data.val),
+        "classes": list(data.names),
+        "rule": predictor.rule,
+        "note": note_on_sizes(data.split, config.window),
+        "min_object_pixels": config.min_object,
+        "runs": runs,
+        **(summarize(runs) if len(runs) > 1 else {}),
+    }
+    folder = write_results(wanted, report, evaluated)
+    log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
+    print(f"\n{text(report)}\n\nfiles   {folder}")
+    return report
+
+
+def choose_protocols(config: Config) -> list[str]:
+    """Return the protocols that were asked for.
+
+    Raises:
+        UserError: one is not known, or the windows cannot overlap like that.
+    """
+    names = [name.strip() for name in config.protocols.split(",")]
+    for name in names:
+        if name not in PROTOCOLS or names.count(name) > 1:
+            raise UserError(f"--protocols {config.protocols}: give some of {','.join(PROTOCOLS)}")
+    if config.overlap >= config.window:
+        raise UserError(f"--overlap {config.overlap}: give less than --window {config.window}")
+    return names
+
+
+def read_checkpoints(given: Sequence[str]) -> dict[Path, dict[str, Any]]:
+    """Read the checkpoints; of a run's folder its best.pt.
+
+    Raises:
+        UserError: one is not there or broken, is given twice, or is of another task.
+    """
+    states: dict[Path, dict[str, Any]] = {}
+    for word in given:
+        path = Path(word) / "best.pt" if Path(word).is_dir() else Path(word)
+        if path in states:
+            raise UserError(f"{path}: is given twice")
+        states[path] = read_checkpoint(path)
+    kinds = {path: kind_of(state["model_kwargs"]) for path, state in states.items()}
+    first = next(iter(kinds))
+    for path, kind in kinds.items():
+        if kind != kinds[first]:
+            raise UserError(f"{path}: its classes are not those of {first}; evaluate them apart")
+    return states
+
+
+def kind_of(model_kwargs: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the task and the number of classes of a model."""
+    return model_kwargs.get("task", "change"), model_kwargs.get("num_classes", 1)
+
+
+def note_on_sizes(source: Source, window: int) -> str:
+    """Say so where all protocols ask the model the same."""
+    if set(source.sizes) == {(PATCH_SIZE, PATCH_SIZE)} and window >= PATCH_SIZE:
+        return f"all images are {PATCH_SIZE} x {PATCH_SIZE}, so the protocols are one and the same"
+    return ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits that an evaluation looks at; `split` is `val` where that was asked for."""
+
+    name: str
+    folder: str
+    fingerprint: str
+    names: tuple[str, ...]
+    split: Source
+    val: Source
+
+
+def open_data(config: Config, state: Mapping[str, Any]) -> Data:
+    """Check the dataset, and open the split and val.
+
+    Raises:
+        UserError: a fault in the data, or a split that it does not have.
+    """
+    task, num_classes = kind_of(state["model_kwargs"])
+    root = config.data_dir or state["config"].get("data_dir")
+    layout = find_pairs(root or choose_data(ROOT / "data", task, num_classes), task)
+    if config.split not in layout.splits:
+        have = ", ".join(layout.splits)
+        raise UserError(f"{layout.root}: has no {config.split} split, only {have}; --split")
+    classes = choose_classes(
+        layout.root,
+        task=task,
+        num_classes=num_classes,
+        mask_values=config.mask_values or tuple(state["config"].get("mask_values") or ()) or None,
+    )
+    cache = ROOT / "data" / "cache"
+    checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache / "checked.json")
+    print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
+    for warning in checked.warnings:
+        print(f"warning: {warning}")
+
+    def source(split: str) -> Source:
+        pairs = layout.splits[split]
+        return open_source(pairs, checked.coding, cache=config.cache, folder=cache)
+
+    val = source("val")
+    return Data(
+        SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
+        layout.root.name,
+        checked.fingerprint,
+        checked.coding.names,
+        split=val if config.split == "val" else source(config.split),
+        val=val,
+    )
+
+
+def evaluate_checkpoint(
+    config: Config,
+    path: Path,
+    state: dict[str, Any],
+    predictor: Predictor,
+    protocols: Sequence[str],
+    data: Data,
+) -> Evaluated:
+    """Measure all that was asked for, and draw it."""
+    results = {
+        protocol: evaluate_protocol(
+            predictor,
+            protocol,
+            data.split,
+            data.val,
+            names=data.names,
+            min_pixels=config.min_object,
+        )
+        for protocol in protocols
+    }
+    # a folder that has got another split since is still the one of the training
+    knows_data = config.data_dir is None or state["data"].get("fingerprint") == data.fingerprint
+    report: Report = {
+        "checkpoint": str(path),
+        "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),
+        "trained_on_this_data": knows_data,
+        "caution": caution_of(config.split, knows_data),
+        "protocols": protocols_report(results, config.seed),
+    }
+    rows: list[dict[str, Any]] = []
+    if config.robustness:
+        rows = measure_robustness(
+            predictor, data.split, max_pairs=config.robustness_pairs, names=data.names
+        )
+        report["robustness"] = {"protocol": ROBUSTNESS_PROTOCOL, "rows": rows}
+    run_name, num_pairs = path.resolve().parent.name, len(data.split)
+    title = f"{run_name} on the {config.split} split of {data.name}, {num_pairs} pairs"
+    if report["caution"]:
+        title += f"\nOPTIMISTIC: {report['caution']}"
+    figures = draw_all(results, rows, data.split, title=title, rule=predictor.rule)
+    return Evaluated(path, state, report, results, figures)
+
+
+def caution_of(split: str, knows_data: bool) -> str | None:
+    """Say why scores on a split are better than they would be on new pairs, if they are."""
+    if split == "train" and knows_data:
+        return "the model learned from these pairs"
+    if split == "val":
+        chosen = "the checkpoint and the thresholds" if knows_data else "the thresholds"
+        return f"{chosen} with * were chosen on these pairs"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(lambda: run(GIVEN)))

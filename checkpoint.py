@@ -13,21 +13,24 @@ No random state is kept, for there is none: order, crops and augmentation are fu
 
 import os
 import platform
+import reprlib
 import shutil
-import zipfile
 from collections.abc import Mapping, ValuesView
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from errors import UserError
 from model import SiameseUNet, build_model
+from torch_file import read_torch_file
 
 FORMAT = 1
 VERSION = "0.1.0"  # of this repository, as in CHANGELOG.md
+MOMENTS, RATES = ("exp_avg", "exp_avg_sq"), ("lr", "initial_lr")  # in the states of AdamW
 REQUIRED = {"format": int, "model": dict, "model_kwargs": dict, "config": dict, "data": dict}
 
 
@@ -79,15 +82,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the check sums
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} fails its check sum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # zipfile and torch.load raise a dozen types for hostile files; none may reach the user
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        state = read_torch_file(path, checked=True)
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not one of our checkpoints, it holds a {type(state).__name__}")
     for key, kind in REQUIRED.items():
@@ -99,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise UserError(
             f"{path}: format {state['format']} is newer than this code's {FORMAT}; "
-            f"it was written by {state.get('versions') or 'a later version'}"
+            f"it was written by {_short(state.get('versions') or 'a later version')}"
         )
     return state
 
@@ -111,25 +108,91 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], source: str | Pa
         UserError: an entry is missing or does not fit.
     """
     for name, part in parts.items():
-        if name == "scaler" and not state.get(name):
+        if name == "scaler" and isinstance(state.get(name, {}), dict) and not state.get(name):
             continue  # of a run that was not in float16
         try:
-            part.load_state_dict(state[name])
+            part.load_state_dict(_trusted(part, state[name]))
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{source}: its {name} does not fit this run ({reason})") from None
+
+
+def _trusted(part: Any, saved: Any) -> Any:
+    """Return the state of a part, with nothing in it that the part's own state does not have.
+
+    `load_state_dict` of torch's optimizers and schedulers takes whatever there is: a moment of
+    another shape than its weight made the fused AdamW write beyond it, and a schedule's attributes
+    may be any.
+    """
+    if isinstance(part, nn.Module):
+        return saved  # strict by itself
+    own = part.state_dict()
+    if not isinstance(part, Optimizer):
+        return _alike(saved, own)
+    # of its groups the rates alone: all else is what the run's options say
+    rates = [{k: v for k, v in group.items() if k in RATES} for group in own["param_groups"]]
+    rates = _alike(saved["param_groups"], rates)
+    groups = [group | rate for group, rate in zip(own["param_groups"], rates, strict=True)]
+    weights = [weight for group in part.param_groups for weight in group["params"]]
+    moments = {}
+    for number, entry in saved["state"].items():
+        weight = weights[number]
+        moments[number] = {
+            "step": _alike(entry["step"], torch.zeros(())),
+            # in the memory layout of the weight, whatever that of the saved one was
+            **{k: torch.empty_like(weight).copy_(_alike(entry[k], weight)) for k in MOMENTS},
+        }
+    return {"state": moments, "param_groups": groups}
+
+
+def _alike(saved: Any, own: Any) -> Any:
+    """Return `saved`, without what `own` lacks and with what only `own` has.
+
+    Raises:
+        ValueError: a part has another type, length or shape.
+    """
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            raise ValueError(f"{_short(saved)} is no dictionary")
+        # names that begin with _ come and go with torch's versions
+        if missing := [k for k in own if k not in saved and not k.startswith("_")]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return {k: _alike(saved[k], v) if k in saved else v for k, v in own.items()}
+    if isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            raise ValueError(f"{_short(saved)} is no list of {len(own)}")
+        return type(own)(_alike(*pair) for pair in zip(saved, own, strict=True))
+    if isinstance(own, Tensor):
+        fits = isinstance(saved, Tensor) and saved.shape == own.shape
+        if not fits or saved.layout != torch.strided or saved.is_complex():
+            raise ValueError(f"a tensor of shape {tuple(own.shape)} is another one")
+        return saved
+    if isinstance(own, float):
+        if type(saved) not in (float, int) or not abs(saved) < 2**63:
+            raise ValueError(f"{_short(saved)} is no number")
+        return float(saved)
+    if type(saved) is not type(own) or (isinstance(saved, int) and abs(saved) >= 2**63):
+        raise ValueError(f"{_short(saved)} is no {type(own).__name__}")
+    return saved
 
 
 def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:
     """Build the model that a checkpoint describes and fill it.
 
     Raises:
-        UserError: its weights do not fit its own description.
+        UserError: the description is none of a model, or its weights do not fit it.
     """
+    known = get_type_hints(build_model)
+    for name, value in state["model_kwargs"].items():
+        if name not in known or name == "return":
+            raise UserError(f"{source}: its model cannot be built ({name!r} is unknown here)")
+        if type(value) is not known[name]:
+            raise UserError(f"{source}: its model cannot be built ({name} is {_short(value)})")
     try:
         model = build_model(**state["model_kwargs"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: its model cannot be built ({error})") from None
+    except (UserError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: its model cannot be built ({reason})") from None
     restore({"model": model}, state, source)
     return model
 
@@ -156,6 +219,9 @@ def versions() -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "platform": platform.platform(),
     }
+
+
+_short = reprlib.Repr().repr  # a hostile value may be as long as it likes
 
 
 def _tensors(value: object) -> list[Tensor]:

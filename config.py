@@ -14,6 +14,7 @@ torch, so that `--help` answers at once.
 import argparse
 import dataclasses
 import math
+import reprlib
 import sys
 import types
 import typing
@@ -97,8 +98,9 @@ def parse(
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
     for name, text in (switches or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, action="store_true", dest=name, help=text)
+    words = list(map(_hyphens, sys.argv[1:] if argv is None else argv))
     given = vars(parser.parse_intermixed_args(words))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
@@ -155,13 +157,12 @@ def from_dict(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     read: dict[str, Any] = {}
     for name, value in values.items():
         if name not in kinds:
-            raise UserError(f"config: {name} is unknown to this version")
-        kind = typing.get_origin(kinds[name]) or kinds[name]
-        read[name] = tuple(value) if kind is tuple and isinstance(value, list) else value
-        allowed = (float, int) if kind is float else kind
+            raise UserError(f"config: {reprlib.repr(name)} is unknown to this version")
+        read[name] = tuple(value) if isinstance(value, list) else value
         may_be_none = value is None and type(None) in typing.get_args(hints[name])
-        if not may_be_none and not isinstance(read[name], allowed):
-            raise UserError(f"config: {name} is {value!r}, expected {kind.__name__}")
+        if not may_be_none and not _is_a(read[name], kinds[name]):
+            expected = typing.get_origin(kinds[name]) or kinds[name]
+            raise UserError(f"config: {name} is {reprlib.repr(value)}, not {expected.__name__}")
     config = config_class(**read)
     validate(config)
     return config
@@ -183,6 +184,15 @@ def _required_type(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         return next(a for a in hint.__args__ if a is not type(None))
     return hint
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether JSON's value is of a field's type; True is no number, and 1 is a float."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, kind.__args__[0]) for v in value)
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**1023)
+    return type(value) is kind
 
 
 def _flag(field: dataclasses.Field) -> str:

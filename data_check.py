@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from image_io import (
     read_label,
 )
 from layouts import Layout, Pair, listing
+
+MAX_FILES = 100_000  # in the memo
+MAX_KINDS = 4  # of records of one file in it
 
 
 @dataclass(frozen=True)
@@ -171,42 +175,54 @@ def check(
 
 
 class _Memo:
-    """Records kept from one start to the next; a memo that cannot be read or written is no loss."""
+    """Records kept from one start to the next; a memo that cannot be read or written is no loss.
+
+    {path: {kind: {"stamp": [bytes, time of change], ..., "sum": check sum}}}, last used last
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.known: dict[str, dict] = {}
+        self.known: dict[str, dict[str, dict]] = {}
         self.is_new = False
 
     def __enter__(self) -> "_Memo":
         if self.path is not None:
             try:
                 self.known = dict(json.loads(self.path.read_text("utf-8")))
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 self.known = {}
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.path is None or not self.is_new:
             return
+        for gone in [path for path in self.known if not Path(path).exists()]:
+            del self.known[gone]
+        kept = dict(list(self.known.items())[-MAX_FILES:])
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(self.known), "utf-8")
+            beside.write_text(json.dumps(kept), "utf-8")
             beside.replace(self.path)
         except OSError:
-            return
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def inspect(
         self, paths: Sequence[Path], look: Callable[[Path], FileRecord], kind: str
     ) -> dict[Path, FileRecord]:
         """Look at every file that is not known yet, in threads: Pillow decodes without the GIL."""
-        keys = {path: self._key(path, kind) for path in paths}
+        stamps = {path: _stamp(path) for path in paths}
         records = {}
-        for path, key in keys.items():
+        for path, stamp in stamps.items():
             try:
-                records[path] = _from_json(self.known[key])
-            except (KeyError, TypeError, ValueError):
+                known = self.known[str(path.resolve())][kind]
+                if known["stamp"] == stamp and known["sum"] == _sum(
+                    str(path.resolve()), kind, known
+                ):
+                    records[path] = _from_json(known)
+                    self._keep(path, kind, known)
+            except (AttributeError, LookupError, TypeError, ValueError):
                 continue
         new = [path for path in paths if path not in records]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -217,19 +233,28 @@ class _Memo:
                 for path, record in zip(new, bar, strict=True):
                     records[path] = record
                     if not record.fault:
-                        self.known[keys[path]] = asdict(record)
+                        new_record = {"stamp": stamps[path], **asdict(record)}
+                        new_record["sum"] = _sum(str(path.resolve()), kind, new_record)
+                        self._keep(path, kind, new_record)
                         self.is_new = True
             except BaseException:  # Ctrl-C: leave now, not after the files that are queued
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return records
 
-    def _key(self, path: Path, kind: str) -> str:
-        try:
-            stat = path.stat()
-        except OSError:
-            return ""
-        return f"{kind} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    def _keep(self, path: Path, kind: str, record: dict) -> None:
+        kinds = self.known.pop(str(path.resolve()), {})
+        kinds = dict(kinds) if isinstance(kinds, dict) else {}
+        kinds.pop(kind, None)
+        self.known[str(path.resolve())] = dict([*kinds.items(), (kind, record)][-MAX_KINDS:])
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _try(look: Callable[[Path], FileRecord], path: Path) -> FileRecord:
@@ -245,8 +270,13 @@ def _from_json(record: dict) -> FileRecord:
         for name in ("pixels", "uniform")
     )
     height, width = record["size"]
-    outline = str(record["outline"])
-    return FileRecord((int(height), int(width)), str(record["digest"]), pixels, uniform, outline)
+    return FileRecord((height, width), record["digest"], pixels, uniform, record["outline"])
+
+
+def _sum(path: str, kind: str, record: dict) -> str:
+    """Return what tells a damaged record: a wrong digest in it would be another dataset."""
+    content = {name: value for name, value in record.items() if name != "sum"}
+    return hashlib.blake2b(json.dumps([path, kind, content]).encode(), digest_size=8).hexdigest()
 
 
 def _digest(array: Bytes) -> str:

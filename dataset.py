@@ -10,9 +10,13 @@ A sample is a function of (seed, epoch, index): the number of workers, the order
 change nothing.
 """
 
+import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from classes import choose_classes
-from errors import UserError
+from distributed import share, world_size
+from errors import DataFault, UserError
 from image_io import IGNORE, choose_mask_coding, label_values, read_label
 from layouts import find_pairs
 from sources import FileSource, Source
@@ -90,11 +95,13 @@ class ChangeDataset(Dataset[Sample]):
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """The batches of one epoch as lists of (epoch, index); `set_epoch` before each.
 
-    The epoch travels with every key, so workers that live on from epoch to epoch need no word.
+    The epoch travels with every key, so workers that live on from epoch to epoch need no word. Of
+    several processes, each gets its share: with `shuffle` of each batch, which so is the same list
+    of samples however many share it; else of the samples, so that each reads its own images.
 
     Args:
         num_samples: of the dataset.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, of all processes together.
         shuffle: in an order drawn from (seed, epoch); it also drops an incomplete last batch,
             unless that is the only one.
         seed: of the order.
@@ -113,44 +120,95 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.first_batch = first_batch
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_samples, self.batch_size)
-        return max(1, whole) if self.shuffle else whole + bool(rest)
+        if self.shuffle:
+            return max(1, self.num_samples // self.batch_size)
+        return math.ceil(len(share(range(self.num_samples))) / self._part_size())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.num_samples)
+        order: Sequence[int] = share(range(self.num_samples))
+        size = self._part_size()
         if self.shuffle:
             # a stream of its own: (seed, epoch, index) belongs to the samples
-            order = np.random.default_rng((self.seed, self.epoch, 0, 1)).permutation(order)
+            rng = np.random.default_rng((self.seed, self.epoch, 0, 1))
+            order, size = rng.permutation(self.num_samples).tolist(), self.batch_size
         for batch in range(self.first_batch, len(self)):
-            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, int(index)) for index in part]
+            part = order[batch * size : (batch + 1) * size]
+            part = share(part) if self.shuffle else part
+            yield [(self.epoch, index) for index in part]
+
+    def _part_size(self) -> int:
+        return math.ceil(self.batch_size / world_size())
 
 
 class PairLoader(DataLoader[Sample]):
-    """A `DataLoader` whose workers' `UserError`s arrive as they were raised, and which can end.
+    """A `DataLoader` whose workers' faults arrive as one line, and which can end.
+
+    Whatever goes wrong with a batch is raised where the next `group` is asked for.
 
     Attributes:
+        group: batches that are fetched before the first of them is given: those of an update.
         waited: seconds that its user waited for batches, in all.
     """
 
     dataset: ChangeDataset
+    group = 1
     waited = 0.0
 
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
-        try:
+        batches = self._batches()
+        while True:
             asked = time.perf_counter()
-            for batch in super().__iter__():
-                self.waited += time.perf_counter() - asked
+            group = list(islice(batches, self.group))
+            self.waited += time.perf_counter() - asked
+            if not group:
+                return
+            yield from group
+
+    def _batches(self) -> Iterator[Sample]:
+        number = 0
+        try:
+            with _signals_of_children_kept():
+                batches = super().__iter__()
+            for number, batch in enumerate(batches, 1):  # noqa: B007
                 yield batch
-                asked = time.perf_counter()
         except UserError as error:
             self.close()
             # torch raises the worker's traceback as the message; its end is the original one
-            message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
-            raise UserError(message.rstrip()) from None
-        except Exception:
+            kind = type(error)
+            message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]
+            raise kind(message.rstrip()) from None
+        except Exception as error:
+            fault = self._death(number) if "DataLoader worker" in str(error) else None
             self.close()
-            raise
+            if fault is None:
+                raise
+            raise fault from None
+
+    def _death(self, number: int) -> DataFault | None:
+        """Say which worker has died, how, and over which of the batches from `number` on."""
+        workers = getattr(self._iterator, "_workers", [])
+        for place, worker in enumerate(workers):
+            if not (code := worker.exitcode):
+                continue
+            # batches go to the workers in turn, and each has some in hand
+            first = number + (place - number) % len(workers)
+            last = first + len(workers) * (self.prefetch_factor or 1)
+            sampler: Any = self.batch_sampler
+            batches = islice(sampler, first, last, len(workers))
+            found = {self.dataset.patches[index][0] for keys in batches for _, index in keys}
+            pairs = [self.dataset.source.pairs[place] for place in sorted(found)]
+            names = ", ".join(pair.label.name for pair in pairs[:20])
+            how = f"by signal {-code}" if code < 0 else f"with code {code}"
+            if code == -getattr(signal, "SIGKILL", 0):
+                how += ", perhaps for lack of memory"
+            elif code == -getattr(signal, "SIGBUS", 0):
+                how += ", for lack of shared memory: give a container --ipc=host"
+            where = f" of {pairs[0].label.parent}" if pairs else ""
+            return DataFault(
+                f"a loader process ended {how}; it was to read {names}{where}; try fewer workers, "
+                "or --workers 0"
+            )
+        return None
 
     def close(self) -> None:
         """End the workers: as they ignore SIGTERM, the interpreter would wait for them forever."""
@@ -162,6 +220,21 @@ class PairLoader(DataLoader[Sample]):
                 worker.kill()
 
 
+@contextmanager
+def _signals_of_children_kept() -> Iterator[None]:
+    """Undo torch's handler, which raises amid a training step when a worker dies.
+
+    The loader looks for dead workers itself while it waits for a batch, every five seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None:  # else it is another library's, which Python cannot put back
+        signal.signal(signal.SIGCHLD, before)
+
+
 def make_loader(
     dataset: ChangeDataset,
     batch_size: int,
@@ -169,11 +242,12 @@ def make_loader(
     shuffle: bool,
     seed: int = 0,
     num_workers: int = 0,
+    group: int = 1,
     device: torch.device | str = "cpu",
 ) -> PairLoader:
     """Return a loader whose `batch_sampler` is an `EpochSampler`; its workers outlive epochs."""
     sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
-    return PairLoader(
+    loader = PairLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
@@ -181,6 +255,8 @@ def make_loader(
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
     )
+    loader.group = group
+    return loader
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:

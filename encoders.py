@@ -8,6 +8,7 @@ Everything that timm can cut into stages is there as `timm:<name>`, where timm i
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -249,6 +250,7 @@ def build_encoder(name: str) -> Encoder:
 
 def check_backbone(name: str) -> None:
     """Raise UserError, with the known names, for a backbone that there is not."""
-    if name not in ENCODERS and not name.startswith(TIMM):
+    # timm would also take the address of a file, or of a repository that it then downloads
+    if name not in ENCODERS and not re.fullmatch(rf"{TIMM}[\w.-]+", name):
         known = ", ".join(ENCODERS)
         raise UserError(f"--backbone {name}: choose one of {known}, or {TIMM}NAME")

@@ -1,10 +1,13 @@
 """One epoch of training, one pass of evaluation: move, forward, backward, maybe update, remember.
 
-One path for float32, bfloat16 and float16. On a GPU no step waits for the device, but for float16's
-scale: a step that is not finite is skipped there, and every `CHECK_EVERY` updates looked for.
+One path for float32, bfloat16 and float16, for one process and many. On a GPU no step waits for the
+device, but for float16's scale: a step that is not finite is skipped there, and every `CHECK_EVERY`
+updates looked for.
 """
 
+import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from distributed import all_reduce_, no_sync, summand, world_size
 from errors import DivergedError
 from metrics import Confusion, ScoreHistogram
 
@@ -27,8 +31,9 @@ class Progress:
     Attributes:
         epoch: counted from 0.
         batch: batches done in this epoch.
-        loss_sum: sum of their losses, a scalar on the device.
-        confusion: of their predictions; its device is the run's.
+        loss_sum: sum of their losses in this process, a scalar on the device; the mean over the
+            processes is that of the whole batches.
+        confusion: of the predictions in this process; its device is the run's.
         num_bad: updates skipped because they were not finite, a scalar on the device.
     """
 
@@ -46,20 +51,22 @@ class Progress:
         self.num_bad = torch.zeros((), device=self.device)
 
     def mean_loss(self) -> float:
-        """Leave the device for the mean loss of the epoch so far."""
+        """Leave the device for the mean loss, in this process, of the epoch so far."""
         return self.loss_sum.item() / max(self.batch, 1)
 
     def summary(self) -> dict[str, float]:
         """Leave the device once: the mean loss and every score of the epoch so far."""
-        return {"loss": self.mean_loss(), **self.confusion.scores()}
+        whole = self._of_all_processes()
+        return {"loss": whole.mean_loss(), **whole.confusion.scores()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types and tensors, as torch's own objects do."""
+        """Return plain types and tensors, as torch's own objects do; all processes have to call."""
+        whole = self._of_all_processes()
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "loss_sum": self.loss_sum,
-            "confusion": self.confusion.counts,
+            "loss_sum": whole.loss_sum,
+            "confusion": whole.confusion.counts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,7 +77,13 @@ class Progress:
         self.start(state["epoch"])
         self.batch = state["batch"]
         self.loss_sum.copy_(state["loss_sum"])
-        self.confusion.counts.copy_(state["confusion"])
+        self.confusion.counts.copy_(summand(state["confusion"]))
+
+    def _of_all_processes(self) -> "Progress":
+        whole = copy.deepcopy(self)
+        all_reduce_(whole.loss_sum, whole.confusion.counts)
+        whole.loss_sum /= world_size()
+        return whole
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ def train_one_epoch(
     *,
     precision: Precision,
     num_batches: int,
+    batch_size: int | None = None,
     accumulate: int = 1,
     clip_norm: float = 0.0,
     after_update: Callable[[Progress], None] = lambda _: None,
@@ -117,6 +131,7 @@ def train_one_epoch(
         progress: updated in place.
         precision: of the forward pass.
         num_batches: of the whole epoch.
+        batch_size: pairs in a batch, of all processes together; None where there is one process.
         accumulate: batches per update.
         clip_norm: limit of the gradient's norm; 0 is none.
         after_update: called after each update, where the state of the run is whole; it may draw
@@ -135,14 +150,18 @@ def train_one_epoch(
         before, after, target = (t.to(device, non_blocking=True) for t in batch)
         group_start = progress.batch - progress.batch % accumulate
         group_size = min(accumulate, num_batches - group_start)
-        with precision.autocast(device):
-            logits = model(before, after)
-            loss = criterion(logits, target)
-        scaler.scale(loss / group_size).backward()
+        is_update = progress.batch + 1 - group_start == group_size
+        # 1, but where the processes' parts of a batch differ in size
+        weight = len(target) * world_size() / (batch_size or len(target))
+        with nullcontext() if is_update else no_sync(model):
+            with precision.autocast(device):
+                logits = model(before, after)
+                loss = criterion(logits, target) * weight
+            scaler.scale(loss / group_size).backward()
         progress.loss_sum += loss.detach()
         progress.confusion.update(logits.detach(), target)
         progress.batch += 1
-        if progress.batch - group_start == group_size:
+        if is_update:
             _update(optimizer, scheduler, scaler, clip_norm, progress)
             num_updates = -(-progress.batch // accumulate)
             if device.type == "cpu" or num_updates % CHECK_EVERY == 0:
@@ -204,6 +223,8 @@ def evaluate(
 ) -> tuple[dict[str, float], ScoreHistogram]:
     """Score a split: the mean loss and the scores over all its pixels, and the histogram.
 
+    Of several processes each passes its share of the split, and gets the scores of the whole.
+
     The loss is the mean over patches, so that a short last batch weighs no more than it should.
 
     Args:
@@ -217,7 +238,8 @@ def evaluate(
     confusion.reset()
     device = confusion.counts.device
     histogram = ScoreHistogram(device)
-    loss_sum, num_patches = torch.zeros((), device=device), 0
+    loss_sum = torch.zeros((), device=device)
+    num_patches = torch.zeros((), dtype=torch.int64, device=device)
     for batch in loader:
         before, after, target = (t.to(device, non_blocking=True) for t in batch)
         with precision.autocast(device):
@@ -227,4 +249,6 @@ def evaluate(
         num_patches += len(target)
         confusion.update(logits, target)
         histogram.update(logits, target, task=confusion.task)
-    return {"loss": loss_sum.item() / max(num_patches, 1), **confusion.scores()}, histogram
+    all_reduce_(loss_sum, num_patches, confusion.counts, histogram.counts)
+    mean_loss = loss_sum.item() / max(int(num_patches), 1)
+    return {"loss": mean_loss, **confusion.scores()}, histogram

@@ -7,17 +7,27 @@
 130  Ctrl-C, after a checkpoint was saved;  143  SIGTERM, likewise
 """
 
+import errno
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write does not say of which file
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the value, the file and the remedy."""
 
     exit_code = 2
+
+
+class DataFault(UserError):
+    """A file went or changed while a run was using it, or a process that reads them died.
+
+    It is raised where a batch is asked for, so the state of a run is whole and can be saved.
+    """
 
 
 class DivergedError(UserError):
@@ -44,10 +54,14 @@ class StopRequest:
 
     The first signal only sets `signal_number`. A second one more than two seconds later leaves at
     once: torchrun and the terminal both deliver the first, so an echo must not count.
+
+    Args:
+        is_silent: says nothing when the first arrives, for all but one of several processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_silent: bool = False) -> None:
         self.signal_number = 0
+        self.is_silent = is_silent
         self._first = 0.0
         self._before: dict[int, object] = {}
 
@@ -68,27 +82,44 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self.signal_number:
             self.signal_number, self._first = number, time.monotonic()
-            print("\nstopping after this step; again to leave at once", file=sys.stderr, flush=True)
+            if not self.is_silent:
+                line = "\nstopping after this step; again to leave at once"
+                print(line, file=sys.stderr, flush=True)
         elif time.monotonic() - self._first > 2:
             raise KeyboardInterrupt
 
 
-def run_script(script: Callable[[], object]) -> int:
-    """Run a script's body and turn its end into an exit code, without a traceback for users."""
+def visible(text: str) -> str:
+    """Escape what a terminal would obey: messages repeat names and values of foreign files."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lambda: True) -> int:
+    """Run a script's body and turn its end into an exit code, without a traceback for users.
+
+    Args:
+        script: the body.
+        may_speak: asked before saying why the script ended early; see `distributed.run`.
+    """
+
+    def end(why: object, code: int) -> int:
+        if may_speak():
+            print(why, file=sys.stderr, flush=True)
+        return code
+
     try:
         script()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return end(f"error: {visible(str(error))}", error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        where = f"{error.filename}: " if error.filename else ""
+        return end(f"error: {visible(where)}{error.strerror}", 2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
+        return end(stop, stop.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return end("interrupted", 130)
     return 0

@@ -14,12 +14,19 @@ from errors import UserError
 PRECISIONS = ("auto", "off", "bf16", "fp16")
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
     """Return the device called `name`, or the best one for "auto": CUDA, then MPS, then the CPU.
+
+    Args:
+        name: of the device.
+        local_rank: of several processes on this machine, this one's number: it takes the GPU of
+            that number, or the CPU.
 
     Raises:
         UserError: the device is not there.
     """
+    if local_rank is not None:
+        return _device_of_process(name, local_rank)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -57,10 +64,14 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def default_workers() -> int:
-    """Return the number of loader processes: one less than the usable cores, at most 8."""
+def default_workers(num_processes: int = 1) -> int:
+    """Return the number of loader processes: one less than the usable cores, at most 8.
+
+    Args:
+        num_processes: that train on this machine and share its cores.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, min(8, (usable or 1) - 1))
+    return max(0, min(8, (usable or 1) // num_processes - 1))
 
 
 def available_memory() -> int:
@@ -80,17 +91,19 @@ def available_memory() -> int:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int, crop_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size") -> Iterator[None]:
     """Turn an exhausted device or machine into one line with what to try."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
-        is_cpu = "can't allocate memory" in str(error)
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's has no type of its own
+        is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
             raise
+        accumulate = " --accumulate 2" if flag == "--crop-size" else ""
         raise UserError(
-            f"out of memory with --batch-size {batch_size} and --crop-size {crop_size}; try "
-            f"--batch-size {max(1, batch_size // 2)} --accumulate 2, or a smaller --crop-size"
+            f"out of memory with --batch-size {batch_size} and {flag} {side}; try "
+            f"--batch-size {max(1, batch_size // 2)}{accumulate}, or a smaller {flag}"
         ) from None
 
 
@@ -109,6 +122,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
     except (OSError, AttributeError):  # musl
         return
+
+
+def _device_of_process(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: of several processes each takes its own; cuda or cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not num_gpus):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"process {local_rank + 1} on this machine finds {num_gpus} GPUs: start as many with "
+            "--nproc-per-node, or give --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -24,6 +24,8 @@ from errors import UserError
 IGNORE = 255  # the class index of pixels that do not count
 # refused from the header, before a byte is decoded: 134 million, 11,585 x 11,585
 MAX_PIXELS = 2**27
+# Pillow goes by the content, not by the name, and would hand an EPS called .png to Ghostscript
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 MAX_JPEG_DOUBT = 0.01  # share of a label's pixels that may lie between two classes
 _UNKNOWN = 254  # in a lookup table: a value that is no class
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -231,7 +233,7 @@ def label_values(raw: Bytes, path: Path) -> set[int]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: is gone") from None
     except Exception as error:
@@ -254,7 +256,8 @@ def _decoded(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(path), "it")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(path), "it")
+    reason = reason[:200]
     return UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
 
 

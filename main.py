@@ -1,13 +1,14 @@
 """Train a change detector on pairs of images: `python main.py`, `python main.py --help`.
 
 Every knob is an `option` below. Without a dataset under data/ it makes a small synthetic one and
-trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py --resume`.
+trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py --resume`. Several
+processes share each batch: `torchrun --standalone --nproc-per-node 2 main.py`.
 """
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ class Config:
     # fmt: off
     # data
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
+    download: bool = option(False, "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/", resumable=True)  # noqa: E501
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
     num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=249)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
-    crop_size: int = option(256, "side of a training crop", above=0, multiple_of=32)
+    crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
 
     # model
     backbone: str = option("resnet50", "encoder; --list shows them all")
@@ -45,7 +47,7 @@ class Config:
 
     # training
     epochs: int = option(30, "passes over the training split", above=0, resumable=True)
-    batch_size: int = option(8, "pairs in a step", short="-b", above=0)
+    batch_size: int = option(8, "pairs in a step, of all processes together", short="-b", above=0)
     lr: float = option(1e-3, "peak learning rate; a pretrained encoder takes a tenth", above=0)
     weight_decay: float = option(1e-2, "of AdamW", at_least=0)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up before the cosine", at_least=0)
@@ -58,12 +60,13 @@ class Config:
     amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"), resumable=True)  # noqa: E501
     compile: bool = option(False, "compile the model; pays on a GPU", resumable=True)
     cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"), resumable=True)  # noqa: E501
-    workers: int | None = option(None, "loader processes", short="-j", at_least=0, resumable=True)
+    workers: int | None = option(None, "loader processes of each process", short="-j", at_least=0, at_most=1024, resumable=True)  # noqa: E501
 
     # run
     name: str | None = option(None, "of the run's folder; else date and backbone", resumable=True)
     output_dir: str | None = option(None, "folder of the runs; else runs/", resumable=True)
-    resume: str | None = option(None, "auto (the newest run), a run's folder or a last.pt", bare="auto", resumable=True)  # noqa: E501
+    resume: str | None = option(None, "auto (the newest run; with --name that one, begun if need be), a run's folder or a last.pt", bare="auto", resumable=True)  # noqa: E501
+    save_every: str = option("10m", "within an epoch: a time (90s, 10m, 1h) or a number of updates", resumable=True)  # noqa: E501
     draw_every: int = option(5, "epochs between pictures", above=0, resumable=True)
     mlflow: bool = option(True, "log to MLflow as well", resumable=True)
     # fmt: on
@@ -80,12 +83,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from catalogue import catalogue
-from checkpoint import load_model, restore, versions
+from checkpoint import restore, versions
 from classes import Classes, choose_classes
 from data_check import DataSummary, check
 from dataset import ChangeDataset, PairLoader, make_loader
+from distributed import (
+    agree,
+    from_rank_0,
+    in_turn,
+    is_restarted,
+    launch_id,
+    local_rank,
+    local_world_size,
+    parallel,
+    rank,
+    run,
+    world_size,
+)
+from download import fetch_dataset
+from encoders import TIMM
 from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
-from errors import Interrupted, StopRequest, UserError, run_script
+from errors import DataFault, Interrupted, StopRequest, UserError
 from hardware import (
     default_workers,
     describe,
@@ -100,10 +118,19 @@ from metrics import Confusion, build_confusion
 from model import SiameseUNet, build_model, check_names, count_parameters
 from optimizer import build_optimizer, warmup_cosine
 from pretrained import check_source, load_weights
-from recorder import PICTURE, Recorder
-from run_folder import check_name, find_checkpoint, new_run_folder, write_json
+from recorder import PICTURE, Recorder, SaveEvery
+from run_folder import (
+    OPTIONS,
+    check_name,
+    find_checkpoint,
+    find_launch,
+    new_run_folder,
+    read_options,
+    write_json,
+)
 from sample_run import choose_data, is_sample, recipe_without_weights
 from sources import open_source
+from sync_batch_norm import synchronize
 from tracking import Tracker
 from transforms import Augment
 
@@ -118,17 +145,21 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend.
         Interrupted: by a signal, after saving.
     """
-    config, last, state = choose_options(given)
-    device = pick_device(config.device)
+    config, last, state = from_rank_0(lambda: choose_options(given))
+    device = pick_device(config.device, local_rank())
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
 
-    layout = find_pairs(
-        config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes), config.task
-    )
+    with in_turn():
+        if config.download:
+            folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
+            config = replace(config, data_dir=str(folder), download=False)
+        root = config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes)
+        layout = find_pairs(root, config.task)
     on_sample = is_sample(layout.root)
     if on_sample and not state and config.weights == "imagenet" and "weights" not in given:
-        config = replace(config, **recipe_without_weights(config.backbone, given))
+        recipe = from_rank_0(lambda: recipe_without_weights(config.backbone, given))
+        config = replace(config, **recipe)
     classes = choose_classes(
         layout.root,
         task=config.task,
@@ -136,47 +167,47 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         mask_values=config.mask_values,
     )
     config = replace(config, num_classes=classes.num_classes)
-    data = open_data(config, layout, classes, device)
+    with in_turn():
+        data = open_data(config, layout, classes, device)
     learner = build(config, state, device, amp, data)
     progress = learner.progress
     confusion = data.confusion(device)
     best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0, confusion.headline: -1.0}
 
     # ---- the run's folder, or the point where it stopped
-    if state:
+    if last and state:
         if state["data"]["fingerprint"] != data.checked.fingerprint:
             raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
         restore(learner.parts(), state, last)
-        best, run_dir = state["best"], last.parent
+        best = {**best, **state["best"]}
         if progress.epoch >= config.epochs:
             raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
-    else:
-        name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
-        run_dir = new_run_folder(Path(config.output_dir or ROOT / "runs"), name)
     options = cli.as_dict(config)
-    write_json(run_dir / "config.json", {**options, "versions": versions()})
+    run_dir = from_rank_0(lambda: open_run(config, last))
     learning, total = count_parameters(learner.model)
     print(
         f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
         f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
         f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
-        f"{data.train.num_workers} workers\n"
+        f"{data.train.num_workers} workers"
+        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
         f"run     {run_dir}",
         flush=True,
     )
     set_name = "synthetic sample" if on_sample else layout.root.name
-    tracker = Tracker(
-        run_dir,
-        config=options,
-        tags={"dataset": set_name, "weights": learner.weights},
-        store=ROOT,
-        use_mlflow=config.mlflow,
-        first_step=progress.epoch + 1 if state else 0,
-        mlflow_run_id=state.get("mlflow_run_id") if state else None,
-    )
     recorder = Recorder(
         run_dir,
-        tracker,
+        Tracker(
+            run_dir,
+            config=options,
+            tags={"dataset": set_name, "weights": learner.weights},
+            store=ROOT,
+            use_mlflow=config.mlflow,
+            first_step=progress.epoch + 1 if last else 0,
+            mlflow_run_id=state.get("mlflow_run_id") if state else None,
+        )
+        if rank() == 0
+        else None,
         about={
             "model_kwargs": learner.model_kwargs,
             "config": options,
@@ -193,32 +224,57 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         is_sample=on_sample,
     )
 
-    def leave_if_asked() -> None:
-        if stop.signal_number:
+    save_every = SaveEvery(config.save_every)
+
+    def save_in_time(*, is_time: bool) -> None:
+        """Save if it is time to, or if a signal asks to leave; all processes together."""
+        signal_number, is_time_for_one = agree(stop.signal_number, is_time)
+        if not signal_number and not is_time_for_one:
+            return
+        check_finite(progress)
+        path = recorder.save("last.pt", learner.parts(), best)
+        save_every.restart()
+        if signal_number:
+            resume = f"go on with: python main.py --resume '{run_dir}'"
+            raise Interrupted(f"saved {path}\n{resume}", signal_number)
+
+    def after_update() -> None:
+        save_in_time(is_time=save_every.after_update())
+
+    @contextmanager
+    def saved_if_data_fails() -> Iterator[None]:
+        try:
+            yield
+        except DataFault as fault:
+            # after the last epoch only pictures were still to be drawn; of several processes the
+            # others are in the middle of a step
+            if progress.epoch == config.epochs or world_size() > 1:
+                raise
             check_finite(progress)
             path = recorder.save("last.pt", learner.parts(), best)
-            raise Interrupted(
-                f"saved {path}\ngo on with: python main.py --resume '{run_dir}'",
-                stop.signal_number,
-            )
+            again = f"saved {path}, go on with: python main.py --resume '{run_dir}'"
+            raise UserError(f"{fault}; {again}") from None
 
     # ---- train
     with (
-        StopRequest() as stop,
+        StopRequest(is_silent=rank() > 0) as stop,
         recorder,
+        saved_if_data_fails(),
         closing(data.train),
         closing(data.val),
         explain_out_of_memory(config.batch_size, config.crop_size),
     ):
-        tracker.log_datasets(
+        recorder.log_datasets(
             set_name,
             digest=data.checked.fingerprint,
             source=str(layout.root),
             num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
         )
+        if not state:  # from here on there is always a checkpoint, and room for the next
+            recorder.save("last.pt", learner.parts(), best)
         while progress.epoch < config.epochs:
             epoch = progress.epoch + 1
-            on_train, speed, waiting = learn_epoch(config, learner, data.train, leave_if_asked)
+            on_train, speed, waiting = learn_epoch(config, learner, data.train, after_update)
             on_val, histogram = evaluate(
                 learner.model,
                 learner.criterion,
@@ -253,33 +309,50 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 best = {"epoch": epoch, **on_val}
                 recorder.draw_matrix(confusion, epoch)
                 recorder.save("best.pt", {"model": learner.model}, best)
-            recorder.save("last.pt", learner.parts(), best)
-            leave_if_asked()
-        recorder.finish(load_model(run_dir / "best.pt", device), best, config.epochs)
+            save_in_time(is_time=True)
+        recorder.finish(device, best, config.epochs)
     print(recorder.summary(best, store=ROOT))
     return best
 
 
-def choose_options(given: dict[str, Any]) -> tuple[Config, Path, dict[str, Any] | None]:
+def choose_options(given: dict[str, Any]) -> tuple[Config, Path | None, dict[str, Any] | None]:
     """Return the options, and of a run to go on with the checkpoint's path and content.
+
+    A run that was killed before its first checkpoint has a path without content. A process that
+    torchrun has started again goes on with the run that it began.
 
     Raises:
         UserError: an unknown name, a file that is not there, or an option that may not change.
     """
-    config, last, state = Config(**given), Path(), None
-    if config.resume:
-        runs = Path(config.output_dir or ROOT / "runs")
+    config, last, state = Config(**given), None, None
+    runs = Path(config.output_dir or ROOT / "runs")
+    if is_restarted() and (own := find_launch(launch_id(), runs)):
+        given = {**given, "resume": str(own)}
+        config = Config(**given)
+    begins = config.resume == "auto" and config.name and not (runs / config.name).exists()
+    if config.resume and not begins:
         last, state = find_checkpoint(config.resume, runs, config.name)
-        saved = cli.from_dict(Config, state["config"])
+        saved = cli.from_dict(Config, state["config"] if state else read_options(last.parent))
         config = replace(saved, **given)
         if changed := cli.differences(saved, config):
             raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
     check_names(config.task, config.backbone, config.fusion)
     check_loss(config.loss)
+    SaveEvery(config.save_every)
     if not state:
         check_source(config.weights)
         check_name(config.name)
     return config, last, state
+
+
+def open_run(config: Config, last: Path | None) -> Path:
+    """Return the folder of a run, made if it is new, in which config.json says how it goes on."""
+    options = {**cli.as_dict(config), "versions": versions(), "launch": launch_id()}
+    if last:
+        write_json(last.parent / OPTIONS, options)
+        return last.parent
+    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
+    return new_run_folder(Path(config.output_dir or ROOT / "runs"), name, options)
 
 
 @dataclass(frozen=True)
@@ -327,21 +400,28 @@ def open_data(config: Config, layout: Layout, classes: Classes, device: torch.de
             config.batch_size,
             shuffle=augment is not None,
             seed=config.seed,
-            num_workers=default_workers() if config.workers is None else config.workers,
+            num_workers=default_workers(local_world_size())
+            if config.workers is None
+            else config.workers,
+            group=config.accumulate if augment else 1,
             device=device,
         )
 
     train_loader = loader("train", config.crop_size, Augment())
-    if min(config.batch_size, len(train_loader.dataset)) == 1 and config.crop_size == 32:
+    in_batch = min(config.batch_size, len(train_loader.dataset))
+    if in_batch < world_size():
+        raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
+    if in_batch == 1 and config.crop_size == 32:
         raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
     return Data(checked, classes, train_loader, loader("val", PATCH_SIZE, None))
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The model and all that changes it."""
+    """The model and all that changes it; `in_training` is what to call then."""
 
     model: SiameseUNet
+    in_training: nn.Module
     model_kwargs: dict[str, Any]
     weights: str  # that the encoder began with, in words
     criterion: nn.Module
@@ -373,13 +453,19 @@ def build(
         "num_classes": data.classes.num_classes,
     }
     model = build_model(**architecture, freeze_backbone=False)
-    weights = (
-        state["weights"] if state else load_weights(model.encoder, config.backbone, config.weights)
+    # the other processes get them from rank 0, in `parallel`
+    weights = from_rank_0(
+        lambda: (
+            state["weights"]
+            if state
+            else load_weights(model.encoder, config.backbone, config.weights)
+        )
     )
     is_pretrained = not weights.startswith("none")
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()
     model.to(device)
+    synchronize(model)
     if config.compile:
         model.compile()
     num_updates = -(-len(data.train) // config.accumulate)
@@ -396,6 +482,7 @@ def build(
     )
     return Learner(
         model=model,
+        in_training=parallel(model, device, has_idle_weights=config.backbone.startswith(TIMM)),
         model_kwargs={**architecture, "freeze_backbone": model.encoder.frozen},
         weights=weights,
         criterion=build_loss(
@@ -413,7 +500,7 @@ def build(
 
 
 def learn_epoch(
-    config: Config, learner: Learner, loader: PairLoader, leave_if_asked: Callable[[], None]
+    config: Config, learner: Learner, loader: PairLoader, after_update: Callable[[], None]
 ) -> tuple[dict[str, float], float, float]:
     """Train on what is left of an epoch, under a progress bar.
 
@@ -422,7 +509,8 @@ def learn_epoch(
     """
     progress, num_batches = learner.progress, len(loader)
     start, waited = time.perf_counter(), loader.waited
-    num_pairs = (num_batches - progress.batch) * config.batch_size
+    in_batch = min(config.batch_size, len(loader.dataset))
+    num_pairs = (num_batches - progress.batch) * in_batch
     sampler: Any = loader.batch_sampler
     sampler.set_epoch(progress.epoch, first_batch=progress.batch)
     with tqdm(
@@ -431,16 +519,16 @@ def learn_epoch(
         desc=f"epoch {progress.epoch + 1}/{config.epochs}",
         unit="batch",
         leave=False,
-        disable=None,  # where nobody watches
+        disable=True if rank() else None,  # where nobody watches
     ) as bar:
 
-        def after_update(progress: Progress) -> None:
+        def look(progress: Progress) -> None:
             if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
                 bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
-            leave_if_asked()
+            after_update()
 
         scores = train_one_epoch(
-            learner.model,
+            learner.in_training,
             learner.criterion,
             loader,
             learner.optimizer,
@@ -448,13 +536,14 @@ def learn_epoch(
             progress,
             precision=learner.precision,
             num_batches=num_batches,
+            batch_size=in_batch,
             accumulate=config.accumulate,
             clip_norm=config.clip_grad,
-            after_update=after_update,
+            after_update=look,
         )
     seconds = time.perf_counter() - start
     return scores, num_pairs / seconds, (loader.waited - waited) / seconds
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: print(catalogue()) if GIVEN.pop("list", False) else train(GIVEN)))
+    sys.exit(run(lambda: print(catalogue()) if GIVEN.pop("list", False) else train(GIVEN)))

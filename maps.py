@@ -32,7 +32,9 @@ from polygons import write_polygons
 from raster import Bools, Bytes, Grid, Scene
 from visualize import PALETTE
 
+LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons")
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
+SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
 PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
 _TINT = 0.45  # how much of a changed pixel's colour is its class's
 _TILE = 512
@@ -201,6 +203,8 @@ class Overlay:
     def __init__(self, path: Path, grid: Grid, palette: Sequence[Color]) -> None:
         self.path = path
         self.palette = np.array(palette, dtype=np.uint8)
+        if len(palette) == 2:
+            self.palette[1] = SINGLE  # a mask's white is lost on bright roofs
         self.step = -(-max(grid.height, grid.width) // PREVIEW_SIDE)
         shape = (-(-grid.height // self.step), -(-grid.width // self.step))
         self.picture = np.zeros((*shape, 3), dtype=np.uint8)
@@ -219,13 +223,12 @@ class Overlay:
     def finish(self) -> None:
         """Save the picture."""
         is_change = self.classes > 0
-        color = self.palette[self.classes]
-        mixed = (1 - _TINT) * self.picture + _TINT * color
+        color = self.palette[self.classes[is_change]]
+        mixed = (1 - _TINT) * self.picture[is_change] + _TINT * color
         padded = np.pad(is_change, 1, mode="edge")
         inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        self.picture[is_change] = np.rint(mixed)[is_change].astype(np.uint8)
-        is_edge = is_change & ~inside
-        self.picture[is_edge] = color[is_edge]
+        is_edge = ~inside[is_change]
+        self.picture[is_change] = np.where(is_edge[:, None], color, np.rint(mixed)).astype(np.uint8)
         Image.fromarray(self.picture).save(self.path)
 
 
@@ -270,7 +273,7 @@ class SceneMaps:
             )
             self.masks = [GeoTiffMap(self._path(m), grid, "uint8", kinds.palette) for m in layers]
         self.transitions: GeoTiffMap | None = None  # 256 from + to, for polygons alone
-        if grid.crs and kinds.task == "semantic":
+        if grid.has_place and kinds.task == "semantic":
             self.transitions = GeoTiffMap(folder / "transitions.tif", grid, "uint16", nodata=0)
         self.overlay = Overlay(folder / f"{name}_overlay.png", grid, kinds.palette)
 
@@ -302,7 +305,7 @@ class SceneMaps:
     def finish(self, min_area: float, fill_holes: float) -> int:
         """Complete all files; return the number of polygons, see `write_polygons`."""
         num_polygons = 0
-        if self.scene.grid.crs:
+        if self.scene.grid.has_place:
             classes = self.transitions or self.masks[0]
             assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
             classes.close()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classes import MAX_CLASSES
 from encoders import ENCODERS, Encoder, build_encoder, check_backbone
 from errors import UserError
 from fusion import FUSIONS, conv_norm_relu
@@ -177,9 +178,11 @@ def build_model(
         freeze_backbone: keep the encoder's weights and statistics fixed.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or no number of classes.
     """
     check_names(task, backbone, fusion)
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(f"num_classes is {num_classes}; give 1 to {MAX_CLASSES}")
     model = TASKS[task](build_encoder(backbone), FUSIONS[fusion], num_classes)
     _initialize(model)
     if freeze_backbone:

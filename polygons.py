@@ -5,6 +5,7 @@
     area_m2       on the ground: in a Lambert azimuthal projection, which keeps areas, of the WGS 84
                   ellipsoid around the scene's middle, whatever the raster's own CRS is
 
+Polygons are held in memory, some hundred bytes a corner: a map of single pixels takes gigabytes.
 A metre of UTM or Web Mercator is not a metre on the ground, and a degree is none at all, so areas
 are never taken in the raster's own coordinates.
 """

@@ -6,10 +6,11 @@ picture of both over the later date; for GeoTIFFs on the same grid, with polygon
 polygons.py say what is in them).
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Config:
     # what comes out
     output_dir: str = option("predictions", "folder of what is written", short="-o", aliases=["--output"])  # noqa: E501
     overwrite: bool = option(False, "replace what is there")
-    threshold: float | None = option(None, "of the change probability; else 0.5", at_least=0, at_most=1)  # noqa: E501
+    threshold: float | None = option(None, "of the change probability; else as evaluate.py chose it on val, else 0.5", at_least=0, at_most=1)  # noqa: E501
     probability: str = option("uint8", "how it is stored: uint8 (254 p, 255 = no data) or float32", choices=("uint8", "float32"))  # noqa: E501
     min_area: float = option(0.0, "of a polygon, in square metres", at_least=0)
     fill_holes: float = option(0.0, "fill holes of polygons up to so many square metres", at_least=0)  # noqa: E501
@@ -63,7 +64,7 @@ from checkpoint import read_checkpoint, restore_model
 from errors import Interrupted, StopRequest, UserError, run_script
 from hardware import explain_out_of_memory, keep_freed_memory, pick_device
 from inference import predict_bands
-from maps import Kinds, SceneMaps, unfinished
+from maps import LAYERS, Kinds, SceneMaps, unfinished
 from raster import ENDINGS, open_scene
 
 
@@ -87,17 +88,24 @@ def predict(given: dict[str, Any]) -> list[dict[str, float]]:
     keep_freed_memory()
     model = restore_model(state, path).to(device).eval()
     kinds = Kinds.of(model.task, model.num_classes, state["data"])
-    if config.threshold is not None and not kinds.has_threshold:
-        raise UserError(
-            f"--threshold {config.threshold}: {path} has {model.num_classes} classes, of which "
-            "each pixel gets the likeliest; leave it out"
-        )
+    if not kinds.has_threshold:
+        if config.threshold is not None:
+            raise UserError(
+                f"--threshold {config.threshold}: {path} has {model.num_classes} classes, of "
+                "which each pixel gets the likeliest; leave it out"
+            )
+    elif config.threshold is None and (chosen := stored_threshold(path)):
+        threshold, source = chosen
+        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
+        config = replace(config, threshold=threshold)
     if not config.overwrite:
-        there = [f for name, _, _ in pairs for f in sorted(out.glob(f"{_escaped(name)}_*"))]
+        endings = (".png", ".tif", ".geojson")
+        names = [f"{name}_{layer}{e}" for name, *_ in pairs for layer in LAYERS for e in endings]
+        there = next((out / name for name in names if (out / name).exists()), None)
         if there:
-            raise UserError(f"{there[0]}: is there already; --overwrite, or another --output-dir")
+            raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
     results: list[dict[str, float]] = []
-    with StopRequest() as stop, explain_out_of_memory(config.batch_size, config.window):
+    with StopRequest() as stop, explain_out_of_memory(config.batch_size, config.window, "--window"):
 
         def leave_if_asked() -> None:
             if stop.signal_number:
@@ -125,6 +133,29 @@ def check(config: Config) -> None:
         raise UserError(
             f"--scale {','.join(f'{x:g}' for x in config.scale)}: give two numbers, the lower first"
         )
+
+
+def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
+    """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
+
+    Of overlapping windows if that protocol was evaluated, else of the first one. An evaluation
+    that is older than the checkpoint, or that cannot be read, does not count.
+    """
+    found = list(checkpoint.parent.glob("evaluation/*/scores.json"))
+    for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+        if path.stat().st_mtime < checkpoint.stat().st_mtime:
+            continue
+        try:
+            runs = json.loads(path.read_text("utf-8"))["runs"]
+            (run,) = (r for r in runs if Path(r["checkpoint"]).name == checkpoint.name)
+            protocols = run["protocols"]
+            protocol = protocols.get("sliding") or next(iter(protocols.values()))
+            threshold = float(protocol["points"]["val"]["threshold"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            continue
+        if 0 <= threshold <= 1:
+            return threshold, path
+    return None
 
 
 def find_pairs(before: Path, after: Path) -> list[tuple[str, Path, Path]]:
@@ -157,10 +188,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder}: {found[path.stem].name} and {path.name}; keep one")
         found[path.stem] = path
     return found
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def predict_pair(
@@ -237,7 +264,7 @@ def predict_pair(
     share, no_data = num_changed / max(num_valid, 1), 1 - num_valid / (grid.height * grid.width)
     print(
         f"{out / name}_*: {grid.width} x {grid.height}, {share:.2%} changed"
-        f"{f', {num_polygons} polygons' if grid.crs else ''}"
+        f"{f', {num_polygons} polygons' if grid.has_place else ''}"
         f"{f', {no_data:.1%} without data' if no_data else ''}"
         f", {megapixels / seconds:.2f} megapixels/s",
         flush=True,

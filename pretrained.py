@@ -16,6 +16,7 @@ from torchvision.models import get_model_weights
 
 from encoders import TIMM, Encoder, timm_network
 from errors import UserError
+from torch_file import read_torch_file
 
 OURS = "encoder.backbone."  # before the names in our checkpoints
 TIMEOUT = 15  # seconds without an answer before a download is given up
@@ -126,12 +127,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     check_source(str(path))
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load raises half a dozen types for a broken file, and names its own internals
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = read_torch_file(path, checked=False)
+    except ValueError as error:
         raise UserError(
-            f"--weights {path}: not a readable PyTorch file ({reason}); {REMEDIES}"
+            f"--weights {path}: not a readable PyTorch file ({error}); {REMEDIES}"
         ) from None
     for key in ("model", "state_dict"):  # a training checkpoint, ours or a neighbour's
         if isinstance(content, dict) and isinstance(content.get(key), dict):

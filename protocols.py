@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from counts import Bytes, Prediction
@@ -104,7 +105,7 @@ class Predictor:
             for before, after, target in loader:
                 batch = self._forward(before, after)
                 truth = target.numpy().reshape(batch.classes.shape)
-                parts = (batch.change, batch.kinds, batch.classes, truth)
+                parts: list[NDArray[Any]] = [batch.change, batch.kinds, batch.classes, truth]
                 for k in range(len(truth)):
                     number, top, left = next(places)
                     height, width = source.sizes[number]

@@ -10,6 +10,7 @@ extra (requirements-geo.txt) and is imported where a file needs it.
 """
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,6 +60,11 @@ class Grid:
         name = self.crs.to_string() if self.crs else "no CRS"
         name = name if len(name) < 60 else f"{name[:57]}..."
         return f"{size} of {t.a:.6g} x {-t.e:.6g} from ({t.c:.10g}, {t.f:.10g}), {name}"
+
+    @property
+    def has_place(self) -> bool:
+        """Whether its pixels lie on the Earth: a drawing's own coordinates do not."""
+        return self.crs is not None and (self.crs.is_geographic or self.crs.is_projected)
 
     def matches(self, other: "Grid") -> bool:
         """Whether both have the same pixels, to a twentieth of one."""
@@ -190,6 +196,8 @@ class Scene:
         self.grid = before.grid
         self.is_plain = isinstance(before, PlainImage) and isinstance(after, PlainImage)
         self.notes = [date.note for date in (before, after) if date.note]
+        if self.grid.transform is not None and not self.grid.has_place:
+            self.notes.append(f"{before.path}: has no CRS of the Earth, so there are no polygons")
         self._top, self._strip = 0, self._nothing()
 
     def _nothing(self) -> tuple[Bytes, Bytes, Bools]:
@@ -250,6 +258,8 @@ def import_rasterio(path: Path, reason: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
+    # GDAL keeps decoded blocks in 5 % of the machine's memory; two strips need far less
+    os.environ.setdefault("GDAL_CACHEMAX", "256")
     try:
         import rasterio
     except ImportError:
@@ -360,8 +370,8 @@ def _aligned(
     can_align = (
         isinstance(first, Raster)
         and isinstance(second, Raster)
-        and first.grid.crs is not None
-        and second.grid.crs is not None
+        and first.grid.has_place
+        and second.grid.has_place
     )
     if not can_align:
         raise UserError(

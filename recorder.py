@@ -1,15 +1,23 @@
-"""What a run leaves behind: checkpoints, pictures, lines and tables, and what the trackers get."""
+"""What a run leaves behind: checkpoints, pictures, lines and tables, and what the trackers get.
 
+Of several processes one has a tracker and writes; all call the same methods.
+"""
+
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from checkpoint import save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from dataset import ChangeDataset
+from distributed import wait_for_all
+from errors import UserError
 from matrices import plot_confusion, plot_transitions
 from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
 from sample_run import SAMPLE_LABEL
@@ -24,7 +32,7 @@ class Recorder:
 
     Args:
         run_dir: the run's folder.
-        tracker: of the run; closed with this.
+        tracker: of the run, closed with this; None in a process that writes nothing.
         about: what every checkpoint says beside its states.
         val_set: is drawn from.
         picture: where a copy of the newest validation grid goes.
@@ -34,7 +42,7 @@ class Recorder:
     def __init__(
         self,
         run_dir: Path,
-        tracker: Tracker,
+        tracker: Tracker | None,
         *,
         about: Mapping[str, Any],
         val_set: ChangeDataset,
@@ -47,9 +55,11 @@ class Recorder:
         self.val_set = val_set
         self.picture = picture
         self.is_sample = is_sample
+        self.not_drawn: set[Path] = set()  # of which it was said
 
     def __enter__(self) -> "Recorder":
-        self.tracker.__enter__()
+        if self.tracker:
+            self.tracker.__enter__()
         return self
 
     def __exit__(
@@ -58,19 +68,34 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.tracker.__exit__(kind, error, traceback)
+        if self.tracker:
+            self.tracker.__exit__(kind, error, traceback)
 
     def save(self, file: str, parts: Mapping[str, Any], best: Mapping[str, Any]) -> Path:
-        """Write the states of `parts` as a checkpoint; with an optimizer, keep the one before."""
+        """Write the states of `parts` as a checkpoint; with an optimizer, keep the one before.
+
+        It is whole on the disk before any process goes on.
+        """
         states = {name: part.state_dict() for name, part in parts.items()}
-        mlflow_run_id = self.tracker.mlflow_run_id
-        content = {**self.about, **states, "best": dict(best), "mlflow_run_id": mlflow_run_id}
         path = self.run_dir / file
-        save_checkpoint(path, content, keep_previous="optimizer" in parts)
+        if self.tracker:
+            mlflow_run_id = self.tracker.mlflow_run_id
+            content = {**self.about, **states, "best": dict(best), "mlflow_run_id": mlflow_run_id}
+            save_checkpoint(path, content, keep_previous="optimizer" in parts)
+        wait_for_all()
         return path
+
+    def log_datasets(
+        self, name: str, *, digest: str, source: str, num_pairs: Mapping[str, int]
+    ) -> None:
+        """Name the data of the run, as `Tracker.log_datasets`."""
+        if self.tracker:
+            self.tracker.log_datasets(name, digest=digest, source=source, num_pairs=num_pairs)
 
     def draw(self, model: nn.Module, epoch: int, change_iou: float) -> None:
         """Draw predictions on the validation split."""
+        if not self.tracker:
+            return
         title = f"epoch {epoch}: change IoU {change_iou:.3f} on val"
         title = f"{SAMPLE_LABEL}, {title}" if self.is_sample else title
         device = next(model.parameters()).device
@@ -81,7 +106,7 @@ class Recorder:
 
     def draw_matrix(self, confusion: Confusion, epoch: int) -> None:
         """Draw who was taken for whom; of two classes, the scores say it all."""
-        if len(confusion.matrix) == 2:
+        if not self.tracker or len(confusion.matrix) == 2:
             return
         figures = {"confusion_matrix": plot_confusion(confusion.matrix.cpu(), confusion.names)}
         if isinstance(confusion, SemanticConfusion):
@@ -99,13 +124,18 @@ class Recorder:
         **more: float,
     ) -> None:
         """Give the trackers one epoch's losses and scores."""
+        if not self.tracker:
+            return
         scores = {f"train/{key}": value for key, value in on_train.items()}
         scores |= {f"val/{key}": value for key, value in on_val.items()}
         self.tracker.log({**scores, **more}, epoch)
         self.tracker.log_pr_curve("val/precision_recall", histogram.counts, epoch)
 
-    def finish(self, model: nn.Module, best: Mapping[str, Any], last_epoch: int) -> None:
+    def finish(self, device: torch.device, best: Mapping[str, Any], last_epoch: int) -> None:
         """Draw the best epoch, and hand it with its scores to the trackers."""
+        if not self.tracker:
+            return
+        model = load_model(self.run_dir / "best.pt", device)
         self.draw(model, int(best["epoch"]), best["change_iou"])
         self.tracker.log_summary({k: v for k, v in best.items() if k != "epoch"}, last_epoch)
         self.tracker.log_artifact(self.run_dir / "best.pt")
@@ -115,7 +145,9 @@ class Recorder:
         try:
             save_figure(figure, path)
         except OSError as error:  # a picture is no reason to lose a run
-            print(f"warning: {path}: not drawn ({error.strerror})")
+            if path not in self.not_drawn:
+                print(f"warning: {path}: not drawn ({error.strerror})")
+            self.not_drawn.add(path)
 
     def summary(self, best: Mapping[str, Any], store: Path) -> str:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""
@@ -140,3 +172,36 @@ class Recorder:
             "            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
         ]
         return "\n".join(lines)
+
+
+class SaveEvery:
+    """When to save within an epoch: after so much time, or so many updates, since the last save.
+
+    Args:
+        text: "90s", "10m", "1h", or a number of updates: "500".
+
+    Raises:
+        UserError: it is neither.
+    """
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"(\d+)([smh]?)", text)
+        if not found or not int(found[1]):
+            raise UserError(
+                f"--save-every {text}: give a time, such as 90s, 10m or 1h, or a number of "
+                "updates, such as 500"
+            )
+        unit = {"s": 1, "m": 60, "h": 3600}.get(found[2], 0)
+        self.seconds = int(found[1]) * unit if unit else float("inf")
+        self.updates = float("inf") if unit else int(found[1])
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic()
+        self._updates = 0
+
+    def after_update(self) -> bool:
+        """Count an update and tell whether it is time to save."""
+        self._updates += 1
+        return self._updates >= self.updates or time.monotonic() - self._since >= self.seconds

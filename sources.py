@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
+from errors import DataFault, UserError
 from file_lock import locked
 from hardware import available_memory
 from image_io import IGNORE, MaskCoding, read_image, read_size
@@ -66,7 +66,7 @@ class Source(ABC):
         The window is cut where the image ends, so h and w may be less than `side`.
 
         Raises:
-            UserError: a file is gone, has changed, or cannot be decoded.
+            DataFault: a file is gone, has changed, or cannot be decoded.
         """
         return self.planes(number)[:, top : top + side, left : left + side]
 
@@ -101,11 +101,14 @@ class FileSource(Source):
 
     def planes(self, number: int) -> Tensor:
         """Return a whole pair (P, H, W), decoded if it is not one of the last."""
-        self.check_unchanged(number)
-        planes = self._kept.pop(number, None)
-        if planes is None:
-            planes = self.decode(number)
-            self._kept_bytes += planes.nbytes
+        try:
+            self.check_unchanged(number)
+            planes = self._kept.pop(number, None)
+            if planes is None:
+                planes = self.decode(number)
+                self._kept_bytes += planes.nbytes
+        except UserError as error:
+            raise DataFault(str(error)) from None
         self._kept[number] = planes
         while self._kept_bytes > self.keep_bytes and len(self._kept) > 1:
             self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes

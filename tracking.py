@@ -31,6 +31,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -480,7 +481,20 @@ class _Optional:
 def without_secrets(text: str) -> str:
     """Drop user:password@, query and fragment from every URI in a text."""
     text = re.sub(r"(\w[\w+.-]*://)[^/\s]*@", r"\1", text)
+    for secret in _secrets_of_environment():  # libraries take an address apart in their messages
+        text = text.replace(secret, "***")
     return re.sub(r"(\w[\w+.-]*://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def _secrets_of_environment() -> list[str]:
+    """Return what must not be repeated of how to reach MLflow, the longest first."""
+    environment = os.environ
+    address = urlsplit(environment.get("MLFLOW_TRACKING_URI", ""))
+    found = [address.username, address.password, address.query, address.fragment]
+    found += [value for _, value in parse_qsl(address.query)]
+    found += [environment.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
+    # shorter ones would cut words apart, and protect nothing
+    return sorted({text for text in found if text and len(text) > 3}, key=len, reverse=True)
 
 
 def mlflow_name(name: str) -> str:

@@ -107,12 +107,32 @@ def predict(result: Mapping[str, Any]) -> str:
     return "\n".join((variants(result["variants"]), "How it grows:\n", growth(result["growth"])))
 
 
+def scene(result: Mapping[str, Any]) -> str:
+    rows = (
+        (
+            f"{row['size']:,} x {row['size']:,}",
+            f"{row['seconds']:.0f}",
+            f"{row['megapixels_per_second']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+        )
+        for row in result["growth"]
+    )
+    what = "single pixels compared" if result["backbone"] == "none" else result["backbone"]
+    text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {what}, windows of 512, overlap 128:\n\n"
+    return text + table(("pixels", "seconds", "megapixels/s", "peak memory, GB"), rows)
+
+
 SECTIONS = {
     "train_step": "Training step",
     "train_step_keep_memory": "Training step, allocator that keeps freed memory",
     "loader": "Loader",
     "predict": "Prediction",
+    "scene": "Scenes",
+    "scene_without_network": "Scenes, without a network",
 }
+
+
+DRAWN_BY = {"loader": loader, "predict": predict, "scene": scene, "scene_without_network": scene}
 
 
 def main() -> None:
@@ -125,7 +145,7 @@ def main() -> None:
             if kind.startswith("train_step"):
                 text += train_step(result, path.stem)
             else:
-                text += {"loader": loader, "predict": predict}[kind](result)
+                text += DRAWN_BY[kind](result)
     (HERE / "README.md").write_text(text)
 
 

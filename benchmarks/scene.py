@@ -4,7 +4,8 @@
     python benchmarks/scene.py --sizes 2500 5000 10000 20000 --device cuda
 
 Generated GeoTIFF pairs of SIZE x SIZE pixels, a model with random weights; each size in a process
-of its own, from reading to polygons and cloud-optimised files.
+of its own, from reading to polygons and cloud-optimised files. `--backbone none` compares single
+pixels instead: what is left is the cost of all but the network.
 """
 
 import subprocess
@@ -16,10 +17,12 @@ from typing import Any
 import measure
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from checkpoint import save_checkpoint
+from maps import Kinds
 from model import build_model
-from predict import predict
+from predict import Config, predict, predict_pair
 
 
 def write_scene(path: Path, size: int, seed: int) -> None:
@@ -40,22 +43,30 @@ def write_scene(path: Path, size: int, seed: int) -> None:
             file.write(rows, window=((top, top + num_rows), (0, size)))
 
 
+class Brighter(nn.Module):
+    """Change where the later date is much brighter; a tenth of the pixels of this noise."""
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return a logit (B, 1, H, W)."""
+        return (after[:, :1].float() - before[:, :1].float()) / 32 - 4.5
+
+
 def run(folder: Path, device: str, backbone: str, batch_size: int) -> None:
     """Predict one scene, and print its seconds and the most bytes that were held."""
-    kwargs: dict[str, Any] = {"backbone": backbone, "freeze_backbone": False}
-    torch.manual_seed(0)
-    state = {"model": build_model(**kwargs).state_dict(), "model_kwargs": kwargs}
-    save_checkpoint(folder / "model.pt", {**state, "config": {}, "data": {}})
-    (result,) = predict(
-        {
-            "checkpoint": str(folder / "model.pt"),
-            "before": str(folder / "before.tif"),
-            "after": str(folder / "after.tif"),
-            "output_dir": str(folder / "out"),
-            "device": device,
-            "batch_size": batch_size,
-        }
-    )
+    before, after, out = folder / "before.tif", folder / "after.tif", folder / "out"
+    if backbone == "none":
+        config = Config("", str(before), str(after), batch_size=batch_size)
+        kinds = Kinds.of("change", 1, {})
+        result = predict_pair(Brighter(), kinds, "scene", before, after, out, config=config)
+    else:
+        kwargs: dict[str, Any] = {"backbone": backbone, "freeze_backbone": False}
+        torch.manual_seed(0)
+        state = {"model": build_model(**kwargs).state_dict(), "model_kwargs": kwargs}
+        save_checkpoint(folder / "model.pt", {**state, "config": {}, "data": {}})
+        given = {"checkpoint": folder / "model.pt", "before": before, "after": after}
+        given["output_dir"] = out
+        paths = {name: str(path) for name, path in given.items()}
+        (result,) = predict({**paths, "device": device, "batch_size": batch_size})
     print(result["seconds"], measure.peak_memory(torch.device("cpu")))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def test_classes_of_a_multi_class_set(tmp_path: Path) -> None:
     assert summary.splits["val"].class_pixels == (768, 0, 256)
 
 
-def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
+@pytest.mark.fault("D2", "D3")
+def test_d3_all_faults_at_once(tmp_path: Path) -> None:
     train = save_tree(tmp_path, train=4, val=1) / "train"
     save(train / "B" / "train_0.png", picture(9, 32, 31))
     (train / "A" / "train_1.png").write_bytes(b"")
@@ -72,8 +74,9 @@ def test_d2_d3_all_faults_at_once(tmp_path: Path) -> None:
         assert sum(name in line for line in rest) == 1
 
 
+@pytest.mark.fault("D6")
 @pytest.mark.parametrize("value", [254, 128, 2])
-def test_d6_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
+def test_a_strange_value_names_its_file(tmp_path: Path, value: int) -> None:
     save_tree(tmp_path, train=2, val=2)
     save(tmp_path / "val" / "label" / "val_1.png", mask_of(value=value))
     with pytest.raises(UserError, match=rf"{value}.*val_1\.png"):
@@ -92,8 +95,9 @@ def test_the_coding_is_told_from_all_files(tmp_path: Path) -> None:
     assert checked(tmp_path, mask_values=(0, 1)).coding.values == (0, 1)  # 255 is ignored
 
 
+@pytest.mark.fault("D14")
 @pytest.mark.parametrize(("value", "said"), [(0, "no change"), (255, "nothing but change")])
-def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
+def test_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str) -> None:
     save_tree(tmp_path, train=1, val=1)
     save(tmp_path / "val" / "label" / "val_0.png", np.full((32, 32), value, np.uint8))
     (warning,) = checked(tmp_path).warnings
@@ -101,7 +105,8 @@ def test_d14_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said:
     assert said in warning
 
 
-def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
+@pytest.mark.fault("D9")
+def test_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     pixels = np.asarray(Image.open(tmp_path / "train" / "A" / "train_1.png"))
     (tmp_path / "val" / "A" / "val_0.png").unlink()
@@ -111,7 +116,8 @@ def test_d9_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
     assert "train_1.png" in warning
 
 
-def test_d5_jpeg_labels_are_said_once(tmp_path: Path) -> None:
+@pytest.mark.fault("D5")
+def test_jpeg_labels_are_said_once(tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
     for path in list(tmp_path.glob("*/label/*.png")):
         Image.open(path).save(path.with_suffix(".jpg"), quality=60)
@@ -142,6 +148,7 @@ def test_fingerprint_knows_names_and_pixels(tmp_path: Path, change: str) -> None
     assert (checked(tmp_path).fingerprint == before) == (change in ("nothing", "touch"))
 
 
+@pytest.mark.fault("D13")
 def test_memo_reads_nothing_twice_and_notices_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +187,59 @@ def test_a_corrupt_memo_is_ignored(tmp_path: Path, text: str) -> None:
     assert checked(data, memo=memo) == expected
 
 
-def test_d15_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"size": [0, 5]},
+        {"size": [1, 2, 3]},
+        {"pixels": {"256": 4}},
+        {"pixels": {"0": -4}},
+        {"pixels": {"0": 1.5}},
+        {"uniform": [1]},
+        {"digest": 5},
+        {"stamp": "now"},
+    ],
+)
+def test_a_record_that_cannot_be_is_ignored(tmp_path: Path, record: dict) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    expected = checked(data, memo=memo)
+    content = json.loads(memo.read_text())
+    for kinds in content.values():
+        for known in kinds.values():
+            known.update(record)
+    memo.write_text(json.dumps(content))
+    assert checked(data, memo=memo) == expected
+    memo.write_text("[" * 100_000)  # deeper than Python can go
+    assert checked(data, memo=memo) == expected
+
+
+def test_the_memo_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memo = tmp_path / "memo.json"
+    first = save_tree(tmp_path / "a", train=2, val=1)
+    second = save_tree(tmp_path / "b", train=1, val=1)
+    for root in (first, second):
+        checked(root, memo=memo)
+    assert len(json.loads(memo.read_text())) == 9 + 6
+    for _ in range(3):  # another state of a file takes the place of the one before
+        save(first / "val" / "B" / "val_0.png", picture(7))
+        checked(first, memo=memo)
+    assert len(json.loads(memo.read_text())) == 15
+    for crop_size in range(10, 60, 10):  # each counts other patches
+        checked(first, memo=memo, crop_size=crop_size)
+    content = json.loads(memo.read_text())
+    assert {len(kinds) for kinds in content.values()} == {1, data_check.MAX_KINDS}
+    shutil.rmtree(second)
+    third = save_tree(tmp_path / "c", train=1, val=1)
+    checked(third, memo=memo)
+    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"a", "c"}
+    monkeypatch.setattr(data_check, "MAX_FILES", 6)
+    save(third / "val" / "B" / "val_0.png", picture(7))
+    checked(third, memo=memo)
+    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"c"}
+
+
+@pytest.mark.fault("D15")
+def test_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     data = save_tree(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").write_text("")
     assert checked(data, memo=tmp_path / "file" / "memo.json") == checked(data)

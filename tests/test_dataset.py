@@ -1,8 +1,10 @@
 """Patches, crops, order and loaders: two ways to the same bytes wherever there are two ways."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from data_helpers import mask_of, picture, save, save_pair, save_tree
 from torch import Tensor
 
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
-from errors import UserError
+from errors import DataFault, UserError
 from image_io import IGNORE, MaskCoding
 from layouts import find_pairs
 from sources import FileSource
@@ -42,8 +44,9 @@ def digest(batches: Iterable[Iterable[Tensor]]) -> list[str]:
     ]
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.parametrize("crop_size", [32, 256])
-def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
+def test_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size: int) -> None:
     dataset = ChangeDataset(source, crop_size=crop_size)
     for number, (height, width) in enumerate(SIZES):
         side = [-(-n // crop_size) * crop_size for n in (height, width)]
@@ -67,7 +70,8 @@ def test_d10_patches_of_any_size_make_up_the_whole(source: FileSource, crop_size
         assert whole[0].sum() == whole[0][inside].sum()  # padding is black
 
 
-def test_d10_training_crops_of_any_size(source: FileSource) -> None:
+@pytest.mark.fault("D10")
+def test_training_crops_of_any_size(source: FileSource) -> None:
     augment = Augment(brightness=0, contrast=0, saturation=0)
     dataset = ChangeDataset(source, crop_size=32, augment=augment)
     for index, (number, *_) in enumerate(dataset.patches):
@@ -99,6 +103,7 @@ def test_as_many_crops_as_patches(source: FileSource) -> None:
     assert len(grid) == 1 + 2 + 1 + 2 + 6
 
 
+@pytest.mark.fault("R22")
 def test_a_sample_is_a_function_of_seed_epoch_and_index(source: FileSource) -> None:
     def sample(seed: int, epoch: int, index: int) -> list[str]:
         dataset = ChangeDataset(source, crop_size=32, augment=Augment(), seed=seed)
@@ -159,8 +164,9 @@ def test_order_depends_on_seed_and_epoch_and_goes_on_in_the_middle() -> None:
     assert all(epoch == 3 for batch in batches(0, 3) for epoch, _ in batch)
 
 
+@pytest.mark.fault("R22")
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_r22_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
+def test_workers_change_nothing(source: FileSource, shuffle: bool) -> None:
     seen = []
     for num_workers in (0, 2):
         dataset = ChangeDataset(source, crop_size=32, augment=Augment() if shuffle else None)
@@ -183,8 +189,9 @@ def test_a_source_and_a_dataset_can_be_pickled(source: FileSource) -> None:
     assert digest([copy[1, 4]]) == digest([dataset[1, 4]])
 
 
+@pytest.mark.fault("D13")
 @pytest.mark.parametrize("spoil", ["delete", "shrink", "repaint", "truncate"])
-def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
+def test_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: str) -> None:
     source = source_of(tmp_path, [(32, 32), (32, 32)])
     dataset = ChangeDataset(source, crop_size=32)
     expected = digest([dataset[0], dataset[1]])
@@ -202,8 +209,9 @@ def test_d13_a_file_that_changes_during_a_run_is_named(tmp_path: Path, spoil: st
         dataset[1]
 
 
+@pytest.mark.fault("R6")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
+def test_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int) -> None:
     source = source_of(tmp_path, [(32, 32)])
     loader = make_loader(
         ChangeDataset(source, crop_size=32), 1, shuffle=False, num_workers=num_workers
@@ -217,6 +225,50 @@ def test_r6_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: 
     assert len(str(error.value).splitlines()) == 1
 
 
+class Deadly(FileSource):
+    """Ends its process, as the system's memory killer or a crash in a decoder does."""
+
+    def planes(self, number: int) -> torch.Tensor:
+        if number == 3:
+            os._exit(3) if self.pairs[0].name == "p0" else os.kill(os.getpid(), signal.SIGKILL)
+        return super().planes(number)
+
+
+@pytest.mark.fault("R6")
+@pytest.mark.parametrize(("first", "says"), [("p0", "code 3"), ("q0", "signal 9")])
+def test_a_worker_that_dies_is_one_clear_line(first: str, says: str, tmp_path: Path) -> None:
+    files = source_of(tmp_path, [(32, 32)] * 5)
+    pairs = [dataclasses.replace(pair, name=f"{first[0]}{i}") for i, pair in enumerate(files.pairs)]
+    dataset = ChangeDataset(Deadly(pairs, CODING), crop_size=32)
+    loader = make_loader(dataset, 1, shuffle=False, num_workers=2)
+    got = []
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataFault, match=rf"{says}.*p3\.png of .*--workers 0") as error:
+        for batch in loader:
+            got.append(batch)
+            # torch would raise here, amid a step, as soon as a child ends
+            assert signal.getsignal(signal.SIGCHLD) is before
+    assert len(got) in (1, 3)  # its last batch may not have left it
+    assert len(str(error.value).splitlines()) == 1
+    assert loader._iterator is None
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_is_met_between_two_groups(tmp_path: Path, num_workers: int) -> None:
+    source = source_of(tmp_path, [(32, 32)] * 7)
+    dataset = ChangeDataset(source, crop_size=32)
+    loader = make_loader(dataset, 1, shuffle=False, num_workers=num_workers, group=3)
+    assert len(list(loader)) == 7
+    source.pairs[4].before.unlink()
+    got = []
+    with pytest.raises(DataFault, match=r"p4\.png: is gone"):
+        for batch in loader:
+            got.append(batch)
+    assert len(got) == 3
+
+
+@pytest.mark.fault("D2")
 def test_sizes_that_differ_within_a_pair(tmp_path: Path) -> None:
     source = source_of(tmp_path, [(32, 32)])
     save(source.pairs[0].after, picture(1, 16, 32))

@@ -129,8 +129,9 @@ def test_an_epoch_left_in_its_middle_goes_on_as_if_nothing_happened() -> None:
     assert summary == expected
 
 
+@pytest.mark.fault("R5")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_r5_a_bad_step_is_not_applied(value: float) -> None:
+def test_a_bad_step_is_not_applied(value: float) -> None:
     run, loader = Run(), batches(4)
     run.epoch(loader[:2])
     kept = run.weights()
@@ -175,7 +176,8 @@ class Overflowing(torch.amp.GradScaler):
         pass
 
 
-def test_r18_the_schedule_waits_for_a_skipped_step() -> None:
+@pytest.mark.fault("R18")
+def test_the_schedule_waits_for_a_skipped_step() -> None:
     run = Run()
     scaler = Overflowing()
     run.precision = Precision(None, scaler)

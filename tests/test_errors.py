@@ -17,6 +17,8 @@ def fail(error: BaseException) -> int:
     ("error", "code", "line"),
     [
         (UserError("x.png: too big"), 2, "error: x.png: too big\n"),
+        (UserError("\x1b[2Jx\ud800\r: gone\nü"), 2, "error: \\x1b[2Jx\\ud800\\r: gone\nü\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (DivergedError("loss"), 3, "error: loss\n"),
         (Interrupted("saved", signal.SIGINT), 130, "saved\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "saved\n"),
@@ -36,8 +38,9 @@ def test_success_is_0_and_our_own_faults_keep_their_traceback() -> None:
         fail(ZeroDivisionError())
 
 
+@pytest.mark.fault("R3")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_r3_first_signal_is_noted_and_its_echo_ignored(
+def test_first_signal_is_noted_and_its_echo_ignored(
     number: signal.Signals, capsys: pytest.CaptureFixture
 ) -> None:
     before = signal.getsignal(number)
@@ -50,7 +53,8 @@ def test_r3_first_signal_is_noted_and_its_echo_ignored(
     assert capsys.readouterr().err.count("stopping after this step") == 1
 
 
-def test_r3_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("R3")
+def test_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr("errors.time.monotonic", lambda: now[0])
     with StopRequest(), pytest.raises(KeyboardInterrupt):

@@ -33,10 +33,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "best.onnx").unlink()
 
 
+@pytest.mark.fault("U5")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 3, 33, 70), (2, 3, 128, 96)])
-def test_u5_onnx_and_torch_agree_at_sizes_that_export_has_not_tried(
+def test_onnx_and_torch_agree_at_sizes_that_export_has_not_tried(
     exported: Path, shape: tuple[int, ...]
 ) -> None:
     import onnxruntime
@@ -107,8 +108,9 @@ def test_a_program_that_differs_is_refused() -> None:
         export.compare(module, {"onnx": wrong}, [], "uint8", 1e-3)
 
 
+@pytest.mark.fault("U3")
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxscript", "onnx"])
-def test_u3_without_the_extra_one_line_names_it(
+def test_without_the_extra_one_line_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)

@@ -18,13 +18,15 @@ def test_auto_finds_a_device() -> None:
     assert pick_device("cpu") == CPU
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("name", ["cuda:99", "cpu:3", "gpu", "meta"])
-def test_r16_a_device_that_is_not_there(name: str) -> None:
+def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=f"--device {name}"):
         pick_device(name)
 
 
-def test_r16_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("R16")
+def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: .*--device auto"):
         pick_device("cuda")

@@ -35,6 +35,7 @@ def palette_image(indices: np.ndarray, colors: list[int]) -> Image.Image:
     return image
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
@@ -50,30 +51,33 @@ def palette_image(indices: np.ndarray, colors: list[int]) -> Image.Image:
     ],
     ids=["RGB", "L", "LA", "RGBA", "1", "P"],
 )  # fmt: skip
-def test_d4_images(tmp_path: Path, image: Image.Image, expected: np.ndarray) -> None:
+def test_images(tmp_path: Path, image: Image.Image, expected: np.ndarray) -> None:
     path = save(tmp_path / "x.png", image)
     assert np.array_equal(read_image(path), expected)
     assert read_size(path) == (17, 33)
 
 
-def test_d4_a_transparent_palette(tmp_path: Path) -> None:  # Pillow would warn
+@pytest.mark.fault("D4")
+def test_a_transparent_palette(tmp_path: Path) -> None:  # Pillow would warn
     path = tmp_path / "x.png"
     palette_image(mask_of(8, 8, 1), [0, 0, 0, 9, 9, 9]).save(path, transparency=bytes([0, 128]))
     assert read_image(path).max() == 9
     assert set(np.unique(read_label(path))) == {0, 9}
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
-def test_d4_images_that_are_converted(tmp_path: Path, mode: str) -> None:
+def test_images_that_are_converted(tmp_path: Path, mode: str) -> None:
     smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (64, 64, 3))
     path = tmp_path / "x.jpg"
     Image.fromarray(np.ascontiguousarray(smooth)).convert(mode).save(path, quality=95)
     assert np.abs(read_image(path).astype(int) - smooth).max() < 12
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_d4_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
+def test_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> None:
     turned = {
         1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.transpose(1, 0, 2),
         6: np.rot90(RGB, -1), 7: RGB[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(RGB),
@@ -86,8 +90,9 @@ def test_d4_exif_orientation(tmp_path: Path, orientation: int, ending: str) -> N
     assert read_size(path) == turned[orientation].shape[:2]
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_d4_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
+def test_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
     path = save(tmp_path / "x.tif", Image.fromarray(GREY.astype(dtype) * 200))
     with pytest.raises(UserError, match=r"x\.tif.*8 bits"):
         read_image(path)
@@ -116,9 +121,10 @@ def broken(path: Path, kind: str) -> Path:
 KINDS = ["truncated", "without an end", "empty", "HTML", "bit-flipped", "a bomb"]
 
 
+@pytest.mark.fault("D3")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read", [read_image, read_label])
-def test_d3_broken_files_are_named(
+def test_broken_files_are_named(
     tmp_path: Path, kind: str, read: Callable[[Path], np.ndarray]
 ) -> None:
     path = broken(tmp_path / "some file.png", kind)
@@ -128,7 +134,8 @@ def test_d3_broken_files_are_named(
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_d3_every_truncation_of_a_file_is_refused_or_harmless(tmp_path: Path) -> None:
+@pytest.mark.fault("D3")
+def test_every_truncation_of_a_file_is_refused_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     whole = io.BytesIO()
     pixels = picture(2, 6, 6)
@@ -143,14 +150,33 @@ def test_d3_every_truncation_of_a_file_is_refused_or_harmless(tmp_path: Path) ->
     assert refused > len(whole.getvalue()) - 40
 
 
-def test_d11_a_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
+@pytest.mark.fault("D11")
+def test_a_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
     path = broken(tmp_path / "bomb.png", "a bomb")
     assert path.stat().st_size < 60_000
     with pytest.raises(UserError, match=r"20000|400000000"):
         read_size(path)
 
 
-def test_d13_a_file_that_is_gone(tmp_path: Path) -> None:
+@pytest.mark.fault("D3")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",  # runs Ghostscript
+        b"P6 1 1 255 abc",
+        b"SIMPLE  =                    T" + b" " * 2850,
+    ],
+)
+def test_formats_that_are_not_ours_are_not_even_tried(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    for read in (read_size, read_image, read_label):
+        with pytest.raises(UserError, match="cannot be read as an image.*replace or remove"):
+            read(path)
+
+
+@pytest.mark.fault("D13")
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
     for read in (read_image, read_label, read_size):
         with pytest.raises(UserError, match="is gone"):
             read(tmp_path / "x.png")
@@ -174,6 +200,7 @@ def test_reading_in_threads_leaves_the_warning_filters(tmp_path: Path) -> None:
 PLAIN = mask_of(17, 33)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize(
     ("ending", "image"),
     [
@@ -193,7 +220,7 @@ PLAIN = mask_of(17, 33)
     ids=["0/255", "0/1", "1-bit", "1-bit bmp", "grey palette", "colour palette", "RGB", "RGBA",
          "16-bit 0/1", "16-bit 0/65535", "JPEG", "RGB JPEG"],
 )  # fmt: skip
-def test_d5_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Image.Image) -> None:
+def test_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Image.Image) -> None:
     path = save(tmp_path / f"x.{ending}", image)
     raw = read_label(path)
     assert raw.dtype == np.uint8
@@ -201,8 +228,9 @@ def test_d5_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Imag
     assert np.array_equal(coding.decode(raw, path), PLAIN // 255)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize("quality", [95, 75, 50, 30])
-def test_d5_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
+def test_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
     mask = np.kron(np.random.default_rng(0).integers(0, 2, (8, 8)), np.ones((21, 21)))
     path = tmp_path / "x.jpg"
     Image.fromarray((mask * 255).astype(np.uint8)).save(path, quality=quality)
@@ -211,7 +239,8 @@ def test_d5_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
     assert np.array_equal(MaskCoding((0, 255)).decode(raw, path), mask)
 
 
-def test_d5_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
+@pytest.mark.fault("D5")
+def test_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.fromarray(mask_of(64, 64, 140)).save(path)
     with pytest.raises(UserError, match=r"x\.jpg.*PNG"):
@@ -221,6 +250,7 @@ def test_d5_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
         label_values(read_label(path), path)
 
 
+@pytest.mark.fault("D5")
 @pytest.mark.parametrize(
     ("image", "said"),
     [
@@ -230,7 +260,7 @@ def test_d5_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
         (Image.fromarray(PLAIN).convert("CMYK"), "CMYK pixels"),
     ],
 )
-def test_d5_other_labels_are_refused(tmp_path: Path, image: Image.Image, said: str) -> None:
+def test_other_labels_are_refused(tmp_path: Path, image: Image.Image, said: str) -> None:
     path = save(tmp_path / "x.tif", image)
     with pytest.raises(UserError, match=said):
         read_label(path)
@@ -260,6 +290,7 @@ def test_coding_of_a_whole_dataset(
     assert choose_mask_coding(found, Classes(num_classes, values=asked)).values == expected
 
 
+@pytest.mark.fault("D6")
 @pytest.mark.parametrize(
     ("found", "num_classes", "asked", "said"),
     [
@@ -274,7 +305,7 @@ def test_coding_of_a_whole_dataset(
         ({0, 255}, 1, (0, 256), "from 0 to 255"),
     ],
 )
-def test_d6_values_that_are_no_class(
+def test_values_that_are_no_class(
     found: set[int], num_classes: int, asked: tuple[int, ...] | None, said: str
 ) -> None:
     examples = {value: Path(f"{value}.png") for value in found}
@@ -283,7 +314,8 @@ def test_d6_values_that_are_no_class(
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_d6_decode_names_the_file_and_the_values() -> None:
+@pytest.mark.fault("D6")
+def test_decode_names_the_file_and_the_values() -> None:
     raw = np.array([[0, 254, 255]], np.uint8)
     with pytest.raises(UserError, match=r"y\.png.*254"):
         MaskCoding((0, 255)).decode(raw, Path("y.png"))

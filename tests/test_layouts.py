@@ -72,20 +72,23 @@ def test_two_datasets_in_one_folder_are_not_guessed(tmp_path: Path) -> None:
     assert find_pairs(tmp_path).root == tmp_path / "first"
 
 
+@pytest.mark.fault("D12")
 def test_flat_with_lists(tmp_path: Path) -> None:  # D12: CRLF, blank lines, second column, BOM
     flat(tmp_path, "a 1", "b", "c", "unlisted")
     write_lists(tmp_path, train="\ufeffa 1.png\r\n\r\nb.png label/b.png\r\n", val="c\n")
     assert names(tmp_path) == {"train": ["a 1", "b"], "val": ["c"]}
 
 
+@pytest.mark.fault("D12")
 @pytest.mark.parametrize("line", ["../secret.png", "/etc/passwd.png", "..", "A\\a.png", "x/../a"])
-def test_d12_a_list_does_not_lead_out_of_the_folder(tmp_path: Path, line: str) -> None:
+def test_a_list_does_not_lead_out_of_the_folder(tmp_path: Path, line: str) -> None:
     write_lists(flat(tmp_path, "a", "b"), train=f"a\n{line}\n", val="b\n")
     with pytest.raises(UserError, match=r"train\.txt.*is a path"):
         find_pairs(tmp_path)
 
 
-def test_d12_names_that_are_not_there_are_all_named(tmp_path: Path) -> None:
+@pytest.mark.fault("D12")
+def test_names_that_are_not_there_are_all_named(tmp_path: Path) -> None:
     write_lists(flat(tmp_path, "a", "b"), train="a\ngone.png\nlost\n", val="b\n")
     with pytest.raises(UserError) as error:
         find_pairs(tmp_path)
@@ -139,7 +142,8 @@ def test_scene_of_a_crop(name: str, scene: str) -> None:
     assert scene_of(name) == scene
 
 
-def test_d8_odd_but_harmless_files(tmp_path: Path) -> None:
+@pytest.mark.fault("D8")
+def test_odd_but_harmless_files(tmp_path: Path) -> None:
     save_tree(tmp_path, train=1, val=1)
     train = tmp_path / "train"
     for junk in ("._train_0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
@@ -153,7 +157,8 @@ def test_d8_odd_but_harmless_files(tmp_path: Path) -> None:
     assert names(tmp_path)["train"] == sorted([odd, "train_0"])
 
 
-def test_d8_names_written_on_another_system(tmp_path: Path) -> None:
+@pytest.mark.fault("D8")
+def test_names_written_on_another_system(tmp_path: Path) -> None:
     save_tree(tmp_path, train=1, val=1)
     composed = unicodedata.normalize("NFC", "größe")
     for folder, name in (("A", composed), ("B", unicodedata.normalize("NFD", composed))):
@@ -162,14 +167,16 @@ def test_d8_names_written_on_another_system(tmp_path: Path) -> None:
     assert len(names(tmp_path)["train"]) == 2
 
 
-def test_d8_the_same_stem_twice(tmp_path: Path) -> None:
+@pytest.mark.fault("D8")
+def test_the_same_stem_twice(tmp_path: Path) -> None:
     save_tree(tmp_path, train=1, val=1)
     save(tmp_path / "train" / "A" / "train_0.tif", picture(3))
     with pytest.raises(UserError, match=r"train_0\.png and train_0\.tif"):
         find_pairs(tmp_path)
 
 
-def test_d1_all_missing_partners_are_listed(tmp_path: Path) -> None:
+@pytest.mark.fault("D1")
+def test_all_missing_partners_are_listed(tmp_path: Path) -> None:
     train = save_tree(tmp_path, train=40, val=1) / "train"
     for index in range(4):
         (train / "A" / f"train_{index}.png").unlink()
@@ -187,12 +194,13 @@ def test_d1_all_missing_partners_are_listed(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) < 25
 
 
+@pytest.mark.fault("D7")
 @pytest.mark.parametrize(
     "spoil",
     ["no root", "root is a file", "no label", "empty val", "A is a file", "train is a file",
      "nothing there", "test only"],
 )  # fmt: skip
-def test_d7_the_expected_tree_is_shown(tmp_path: Path, spoil: str) -> None:
+def test_the_expected_tree_is_shown(tmp_path: Path, spoil: str) -> None:
     root = save_tree(tmp_path / "data", train=1, val=1)
     if spoil == "no root":
         root = tmp_path / "other"
@@ -219,6 +227,7 @@ def test_d7_the_expected_tree_is_shown(tmp_path: Path, spoil: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.fault("D12")
 def test_a_list_that_is_no_text(tmp_path: Path) -> None:
     write_lists(flat(tmp_path, "a", "b"), train="a", val="b")
     Image.new("L", (4, 4)).save(tmp_path / "list" / "x.png")

@@ -47,6 +47,7 @@ def test_perfect_is_better_than_wrong(target: Tensor) -> None:
     assert loss(confident(target, -1), target).item() > 10
 
 
+@pytest.mark.fault("D14")
 def test_empty_mask_is_finite_and_punishes_false_alarms() -> None:
     target = torch.zeros(1, 16, 16, dtype=torch.uint8)
     claims = torch.full((1, 1, 16, 16), -20.0)

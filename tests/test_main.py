@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from losses import LOSSES
 from main import train
 from pretrained import WeightsUnavailableError
 from sample_run import FROM_SCRATCH, choose_data
+from sources import FileSource
 
 SCRIPT = Path(main.__file__)
 SMALL = {
@@ -95,6 +97,9 @@ class StopAfter:
     looks = 0
     number = signal.SIGTERM
 
+    def __init__(self, *, is_silent: bool) -> None:
+        assert not is_silent  # of a single process
+
     def __enter__(self) -> "StopAfter":
         return self
 
@@ -144,7 +149,8 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
-def test_r22_the_seed_decides(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("R22")
+def test_the_seed_decides(tree: Path, tmp_path: Path) -> None:
     for name, more in (("a", {}), ("b", {"workers": 1}), ("c", {"seed": 1})):
         train(options(tree, epochs=1, name=name, **more))
     a, b, c = (rows(tmp_path / "runs" / name) for name in "abc")
@@ -152,7 +158,8 @@ def test_r22_the_seed_decides(tree: Path, tmp_path: Path) -> None:
     assert a != c
 
 
-def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("R11")
+def test_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     with pytest.raises(UserError, match="all 1 epochs are done; --epochs N adds more"):
         train({"resume": "auto"})
@@ -160,16 +167,62 @@ def test_r11_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == ["1", "2"]
 
 
-def test_r10_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_file_that_goes_costs_nothing_once_it_is_back(
+    accumulate: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tree, epochs=2, accumulate=accumulate, cache="none", draw_every=1)
+    train({**given, "name": "straight"})
+    check, looks = FileSource.check_unchanged, 0
+
+    def lose(self: FileSource, number: int) -> None:
+        nonlocal looks
+        looks -= 1
+        if looks == 0:
+            self.pairs[number].after.rename(tmp_path / "lost.png")
+            lost.append(self.pairs[number].after)
+        check(self, number)
+
+    monkeypatch.setattr(FileSource, "check_unchanged", lose)
+    # six looks are an epoch of training, two its validation, two its picture: in the second
+    # epoch's second and third batch, in its validation, and where it is drawn
+    for at in (10 + 3, 10 + 6, 10 + 7, 10 + 9):
+        lost: list[Path] = []
+        looks, run = at, tmp_path / "runs" / f"at-{at}"
+        with pytest.raises(UserError) as error:
+            train({**given, "name": run.name})
+        assert re.fullmatch(
+            rf"{lost[0]}: is gone .*; saved {run}/last.pt, go on with: .*--resume '{run}'",
+            str(error.value),
+        )
+        (tmp_path / "lost.png").rename(lost[0])
+        train({"resume": str(run)})
+        assert rows(run) == rows(tmp_path / "runs" / "straight")
+        for file in ("last.pt", "best.pt"):
+            first = read_checkpoint(tmp_path / "runs" / "straight" / file)
+            assert_equal(first["model"], read_checkpoint(run / file)["model"])
+    assert read_checkpoint(run / "last.pt")["progress"]["epoch"] == 2
+
+
+@pytest.mark.fault("R10")
+def test_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
-    with pytest.raises(UserError, match="keeps its options; --batch-size: 2, now 3"):
-        train({"resume": "auto", "epochs": 2, "batch_size": 3})
+    for option, value, says in (
+        ("batch_size", 3, "--batch-size: 2, now 3"),
+        ("num_classes", 3, "--num-classes: 1, now 3"),
+        ("backbone", "resnet34", "--backbone: resnet18, now resnet34"),
+        ("mask_values", (0, 1), "--mask-values: None, now 0,1"),
+    ):
+        with pytest.raises(UserError, match=f"keeps its options; {says}"):
+            train({"resume": "auto", "epochs": 2, option: value})
     other = save_tree(tmp_path / "other", train=7, val=2)
     with pytest.raises(UserError, match="was trained on other data"):
         train({"resume": "auto", "epochs": 2, "data_dir": str(other)})
 
 
-def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("R23")
+def test_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     moved = tmp_path / "else where"
     (tmp_path / "runs" / "a").rename(moved)
@@ -179,12 +232,14 @@ def test_r23_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "a").exists()
 
 
-def test_r10_precision_may_change(tree: Path) -> None:
+@pytest.mark.fault("R10")
+def test_precision_may_change(tree: Path) -> None:
     train(options(tree, epochs=1))
     train({"resume": "auto", "epochs": 2, "amp": "bf16"})
     train({"resume": "auto", "epochs": 3, "amp": "fp16"})
 
 
+@pytest.mark.fault("C4")
 def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     (tmp_path / "downloads").mkdir()
@@ -195,6 +250,7 @@ def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Pa
     assert (tmp_path / "downloads" / "config.json").read_text() == "mine"
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize(
     "change",
     [
@@ -206,7 +262,7 @@ def test_a_run_whose_best_is_missing_is_refused_at_once(tree: Path, tmp_path: Pa
         {"config": {"epochs": None}},
     ],
 )
-def test_c4_a_checkpoint_with_wrong_entries_is_refused(
+def test_a_checkpoint_with_wrong_entries_is_refused(
     change: dict[str, Any], tree: Path, tmp_path: Path
 ) -> None:
     train(options(tree, epochs=1, name="a"))
@@ -222,17 +278,27 @@ def test_c4_a_checkpoint_with_wrong_entries_is_refused(
         train({"resume": str(path), "epochs": 2})
 
 
-def test_r7_out_of_memory_says_what_to_try(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.fault("R7")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_out_of_memory_says_what_to_try(
+    error: Exception, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*args: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("main.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
         train(options(tree))
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -242,7 +308,7 @@ def test_r7_out_of_memory_says_what_to_try(
         ({"batch_size": 1}, "BatchNorm needs more"),
     ],
 )
-def test_r16_mistakes_are_found_before_any_work(
+def test_mistakes_are_found_before_any_work(
     given: dict[str, Any], says: str, tree: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=says):
@@ -250,12 +316,14 @@ def test_r16_mistakes_are_found_before_any_work(
     assert not (tmp_path / "runs").exists()
 
 
-def test_r9_a_run_is_never_overwritten(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("R9")
+def test_a_run_is_never_overwritten(tree: Path, tmp_path: Path) -> None:
     for _ in range(2):
         train(options(tree, epochs=1, name="a"))
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"a", "a-2"}
 
 
+@pytest.mark.fault("R15")
 def test_without_weights_real_data_stops_before_anything_is_written(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +333,7 @@ def test_without_weights_real_data_stops_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D7")
 def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -> None:
     (tree / "val" / "B").rename(tree / "val" / "Z")
     with pytest.raises(UserError, match="has no folder for after"):
@@ -272,7 +341,8 @@ def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
-def test_d10_mixed_sizes_train(tmp_path: Path) -> None:
+@pytest.mark.fault("D10")
+def test_mixed_sizes_train(tmp_path: Path) -> None:
     tree = save_tree(tmp_path / "mixed", size=(40, 70), train=2, val=1)
     save_pair(tree / "train", "small", 7, size=(17, 33))
     assert train(options(tree, epochs=1))["change_iou"] >= 0
@@ -421,6 +491,27 @@ def test_data_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert choose_data(data, num_classes=1) == data
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_downloads_then_trains_and_is_resumed_without(
+    named: bool, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine" if named else tmp_path / "data" / "LEVIR-CD"
+    asked = []
+
+    def fetch(where: Path) -> Path:
+        asked.append(where)
+        where.parent.mkdir(exist_ok=True)
+        return tree.rename(where)
+
+    monkeypatch.setattr(main, "fetch_dataset", fetch)
+    given = {**SMALL, "download": True, "epochs": 1, "name": "a"}
+    train({**given, "data_dir": str(folder)} if named else given)
+    assert asked == [folder]
+    assert read_checkpoint(tmp_path / "runs" / "a" / "last.pt")["config"]["data_dir"] == str(folder)
+    train({"resume": "auto", "epochs": 2})
+    assert asked == [folder]
+
+
 def test_sample_data_is_called_so_however_it_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -431,6 +522,7 @@ def test_sample_data_is_called_so_however_it_was_found(
     assert "these are not LEVIR-CD results" in capsys.readouterr().out
 
 
+@pytest.mark.fault("R15")
 def test_weights_that_were_asked_for_are_not_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +532,8 @@ def test_weights_that_were_asked_for_are_not_done_without(
         train({"weights": "imagenet", "workers": 0, "mlflow": False})
 
 
-def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("R5")
+def test_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1, name="a"))
     kept = (tmp_path / "runs" / "a" / "last.pt").read_bytes()
     with pytest.raises(DivergedError) as error:
@@ -452,6 +545,7 @@ def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path)
     assert (tmp_path / "runs" / "a" / "last.pt").read_bytes() == kept
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -463,7 +557,7 @@ def test_r5_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path)
         ("--resume /nowhere/last.pt", "no such checkpoint"),
     ],
 )
-def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *argv.split(), "--output-dir", str(tmp_path / "runs")],
         capture_output=True,
@@ -477,10 +571,9 @@ def test_r16_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D13")
 @pytest.mark.slow
-def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
-    tree: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_disappears_ends_the_run_and_its_workers(tree: Path, tmp_path: Path) -> None:
     given = options(tree, workers=1, cache="none")  # a cached pair needs its file no more
     words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
              if key != "mlflow"]  # fmt: skip
@@ -494,12 +587,16 @@ def test_d13_a_file_that_disappears_ends_the_run_and_its_workers(
             break
     _, errors = run.communicate(timeout=60)  # a process that waits for its workers hangs here
     assert run.returncode == 2
-    assert "train_3.png: is gone" in errors and "Traceback" not in errors
+    assert errors.count("train_3.png: is gone") == 1 and "Traceback" not in errors
+    assert "go on with: python main.py --resume" in errors
+    state = read_checkpoint(next((tmp_path / "runs").glob("*/last.pt")))
+    assert state["progress"]["epoch"] >= 1
 
 
+@pytest.mark.fault("R3")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_r3_a_real_signal_saves_and_says_how_to_go_on(
+def test_a_real_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, tree: Path, tmp_path: Path
 ) -> None:
     given = options(tree, workers=1)

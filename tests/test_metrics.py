@@ -79,6 +79,7 @@ def test_counts_are_exact_for_a_full_patch() -> None:
     assert confusion.matrix[1, 1] == 2 * 1024 * 1024
 
 
+@pytest.mark.fault("D14")
 def test_no_change_anywhere_is_defined() -> None:
     zeros = torch.zeros(1, 4, 4, dtype=torch.long)
     silent, alarmed = Confusion(1), Confusion(1)

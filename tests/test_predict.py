@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,26 @@ def test_threshold_and_float32(checkpoint: Path, tmp_path: Path) -> None:
     assert np.array_equal(mask, stored > 0.3)
 
 
+def test_threshold_of_an_evaluation_is_taken_and_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    best = shutil.copy(checkpoint, tmp_path / "best.pt")
+    files = [save(tmp_path / f"{i}.png", picture(i, 40, 40)) for i in (1, 2)]
+    scores = tmp_path / "evaluation" / "test" / "scores.json"
+    scores.parent.mkdir(parents=True)
+    point = {"points": {"default": {"threshold": None}, "val": {"threshold": 0.3125}}}
+    run_of = {"checkpoint": "runs/x/best.pt", "protocols": {"patches": {}, "sliding": point}}
+    scores.write_text(json.dumps({"runs": [run_of]}))
+    run(best, *files, tmp_path / "a", probability="float32")
+    assert "threshold 0.3125, chosen on val" in capsys.readouterr().out
+    stored = np.asarray(opened(tmp_path / "a" / "1_probability.tif"))
+    assert np.array_equal(np.asarray(opened(tmp_path / "a" / "1_mask.png")), stored > 0.3125)
+    os.utime(scores, (1, 1))  # older than the checkpoint
+    assert predict.stored_threshold(Path(best)) is None
+    scores.write_text("{")
+    assert predict.stored_threshold(Path(best)) is None
+
+
 def test_classes_have_values_a_palette_and_no_threshold(tmp_path: Path) -> None:
     colors = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
     data = {"class_names": ["none", "road", "house"], "class_colors": colors}
@@ -156,11 +177,12 @@ def test_folders_are_paired_by_stem(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_is_there_stays_unless_asked(checkpoint: Path, tmp_path: Path) -> None:
     files = [save(tmp_path / f"{i}.png", picture(i)) for i in (1, 2)]
+    save(tmp_path / "out" / "1_b_mask.png", picture(3))  # of another scene
     mine = save(tmp_path / "out" / "1_mask.png", picture(3))
     before = mine.read_bytes()
     with pytest.raises(UserError, match=r"1_mask\.png: is there already; --overwrite"):
         run(checkpoint, *files, tmp_path / "out")
-    assert mine.read_bytes() == before and len(list(mine.parent.iterdir())) == 1
+    assert mine.read_bytes() == before and len(list(mine.parent.iterdir())) == 2
     run(checkpoint, *files, tmp_path / "out", overwrite=True)
     assert mine.read_bytes() != before
 
@@ -209,7 +231,8 @@ def read_tif(path: Path) -> tuple[NDArray[Any], Any]:
         )
 
 
-def test_u2_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> None:
     files = geo_pair(tmp_path)
     result = pair(tmp_path / "out", Difference(), *files, min_area=1)
     _, (crs, transform, _, _) = read_tif(files[0])
@@ -234,7 +257,8 @@ def test_u2_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-def test_u2_no_data_stays_no_data(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_no_data_stays_no_data(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, nodata=200)
     pair(tmp_path / "out", Difference(), *files, probability="float32")
     # only one of three bands says 200, so the block counts
@@ -246,7 +270,8 @@ def test_u2_no_data_stays_no_data(tmp_path: Path) -> None:
     assert result["polygons"] == 0 and result["changed"] == 0
 
 
-def test_u2_dates_on_different_grids(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.fault("U2")
+def test_dates_on_different_grids(tmp_path: Path, checkpoint: Path) -> None:
     from rasterio.transform import from_origin
 
     before, _ = geo_pair(tmp_path)
@@ -307,9 +332,10 @@ def large_pair(folder: Path, height: int, width: int) -> list[Path]:
     return paths
 
 
+@pytest.mark.fault("U1")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_u1_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None:
     peaks = []
     for height in (1000, 16000):
         files = large_pair(tmp_path / str(height), height, 2000)
@@ -328,7 +354,8 @@ def test_u1_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> N
     assert peaks[1] - peaks[0] < pair_size / 2
 
 
-def test_u4_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
+@pytest.mark.fault("U4")
+def test_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, 300, 64)
     body = (
         "import maps, os, signal\n"
@@ -346,7 +373,8 @@ def test_u4_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Pa
     assert len(left) == 1 and left[0].startswith(".unfinished-")
 
 
-def test_u4_an_error_or_a_signal_leaves_nothing(
+@pytest.mark.fault("U4")
+def test_an_error_or_a_signal_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [save(tmp_path / f"{i}.png", picture(i, 64, 200)) for i in (1, 2)]

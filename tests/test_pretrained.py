@@ -78,7 +78,8 @@ def test_none_leaves_it_as_it_is_and_says_so(encoder: Encoder) -> None:
     assert torch.equal(first(encoder), before)
 
 
-def test_r15_wrong_files_are_refused_with_the_remedy(
+@pytest.mark.fault("R15")
+def test_wrong_files_are_refused_with_the_remedy(
     state: dict, encoder: Encoder, tmp_path: Path
 ) -> None:
     before = first(encoder).clone()
@@ -145,7 +146,8 @@ def test_a_download_is_checked_and_kept(server: Server, state: dict, tmp_path: P
     assert torch.equal(download(url)["conv1.weight"], state["conv1.weight"])  # from the cache
 
 
-def test_r15_a_wrong_hash_or_a_page_instead_is_refused(server: Server, tmp_path: Path) -> None:
+@pytest.mark.fault("R15")
+def test_a_wrong_hash_or_a_page_instead_is_refused(server: Server, tmp_path: Path) -> None:
     server.content = b"<html>please log in</html>"
     url = f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth"
     with pytest.raises(WeightsUnavailableError, match=r"download is broken.*--weights none"):
@@ -153,7 +155,8 @@ def test_r15_a_wrong_hash_or_a_page_instead_is_refused(server: Server, tmp_path:
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
-def test_r15_a_download_that_breaks_off_leaves_nothing(server: Server, tmp_path: Path) -> None:
+@pytest.mark.fault("R15")
+def test_a_download_that_breaks_off_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.content, server.length = b"x" * 100, 1000
     url = f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth"
     with pytest.raises(WeightsUnavailableError):
@@ -161,7 +164,8 @@ def test_r15_a_download_that_breaks_off_leaves_nothing(server: Server, tmp_path:
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
-def test_r15_a_broken_cached_file_names_itself(server: Server, tmp_path: Path) -> None:
+@pytest.mark.fault("R15")
+def test_a_broken_cached_file_names_itself(server: Server, tmp_path: Path) -> None:
     cached = tmp_path / "hub" / "checkpoints" / "resnet18-12345678.pth"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"PK half a file")
@@ -169,7 +173,8 @@ def test_r15_a_broken_cached_file_names_itself(server: Server, tmp_path: Path) -
         download(f"http://127.0.0.1:{server.server_port}/resnet18-12345678.pth")
 
 
-def test_r15_no_network_is_one_clear_error(
+@pytest.mark.fault("R15")
+def test_no_network_is_one_clear_error(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
@@ -213,7 +218,8 @@ def test_timm_weights_that_cannot_be_had_are_an_error_with_remedies(
         library_weights("timm:resnet10t")
 
 
-def test_u3_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("U3")
+def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="timm is not installed; pip install -r requirements-zoo"):
         build_encoder("timm:resnet10t")

@@ -41,9 +41,10 @@ def bands_of(seed: int, height: int = 40, width: int = 50, count: int = 3) -> np
     return draw.integers(1, 256, (count, height, width), dtype=np.uint8)
 
 
+@pytest.mark.fault("U5")
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
-def test_u5_strips_and_whole_read_agree(
+def test_strips_and_whole_read_agree(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("scene")
@@ -92,8 +93,9 @@ OTHER_GRIDS = {
 }
 
 
+@pytest.mark.fault("U2")
 @pytest.mark.parametrize("kind", OTHER_GRIDS)
-def test_u2_different_grids_are_refused_with_both_sides(tmp_path: Path, kind: str) -> None:
+def test_different_grids_are_refused_with_both_sides(tmp_path: Path, kind: str) -> None:
     a = write_tif(tmp_path / "a.tif", bands_of(1))
     b = write_tif(tmp_path / "b.tif", bands_of(2), **OTHER_GRIDS[kind])
     with pytest.raises(UserError) as caught, open_scene(a, b):
@@ -102,7 +104,8 @@ def test_u2_different_grids_are_refused_with_both_sides(tmp_path: Path, kind: st
         assert word in str(caught.value)
 
 
-def test_u2_other_sizes_are_refused_with_both_sides(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_other_sizes_are_refused_with_both_sides(tmp_path: Path) -> None:
     a, b = save(tmp_path / "a.png", picture(1)), save(tmp_path / "b.png", picture(2, 32, 40))
     with pytest.raises(UserError, match=r"a\.png \(32 x 32.*b\.png \(40 x 32.*one size"):
         open_scene(a, b, align=True).__enter__()
@@ -111,14 +114,16 @@ def test_u2_other_sizes_are_refused_with_both_sides(tmp_path: Path) -> None:
         open_scene(a, c, align=True).__enter__()
 
 
-def test_u2_a_twentieth_of_a_pixel_is_the_same_grid(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_a_twentieth_of_a_pixel_is_the_same_grid(tmp_path: Path) -> None:
     a = write_tif(tmp_path / "a.tif", bands_of(1))
     near = from_origin(5e5 + 0.01, 5.2e6, 0.5, 0.5)
     with open_scene(a, write_tif(tmp_path / "b.tif", bands_of(2), transform=near)) as scene:
         assert scene.grid.width == 50
 
 
-def test_u2_align_puts_the_later_date_on_the_grid_of_the_earlier(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_align_puts_the_later_date_on_the_grid_of_the_earlier(tmp_path: Path) -> None:
     """A whole-pixel shift of the grid must be exact; beyond the later date there is no data."""
     wide = bands_of(3, 60, 70)
     a = write_tif(tmp_path / "a.tif", bands_of(1))
@@ -138,7 +143,8 @@ def test_u2_align_puts_the_later_date_on_the_grid_of_the_earlier(tmp_path: Path)
     assert not before[:, :, :20].any() and not after[:, :, :20].any()
 
 
-def test_u2_align_between_crs_keeps_places(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_align_between_crs_keeps_places(tmp_path: Path) -> None:
     from rasterio.warp import transform_bounds
 
     smooth = np.add.outer(np.arange(80), np.arange(80)).astype(np.uint8)
@@ -154,14 +160,16 @@ def test_u2_align_between_crs_keeps_places(tmp_path: Path) -> None:
     assert np.abs(before[inner].astype(int) - after[inner]).max() <= 3
 
 
-def test_u2_scenes_without_overlap_are_refused(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_scenes_without_overlap_are_refused(tmp_path: Path) -> None:
     a = write_tif(tmp_path / "a.tif", bands_of(1))
     b = write_tif(tmp_path / "b.tif", bands_of(2), transform=from_origin(6e5, 5.2e6, 0.5, 0.5))
     with pytest.raises(UserError, match="do not overlap"):
         open_scene(a, b, align=True).__enter__()
 
 
-def test_u2_nodata_of_either_date_is_black_on_both(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_nodata_of_either_date_is_black_on_both(tmp_path: Path) -> None:
     first, second = bands_of(1), bands_of(2)
     first[:, :10], second[:, :, :10] = 0, 7
     a = write_tif(tmp_path / "a.tif", first, nodata=0)
@@ -173,7 +181,8 @@ def test_u2_nodata_of_either_date_is_black_on_both(tmp_path: Path) -> None:
     assert np.array_equal(before[:, valid], first[:, valid])
 
 
-def test_u2_nan_and_alpha_are_no_data(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_nan_and_alpha_are_no_data(tmp_path: Path) -> None:
     floats = bands_of(1).astype(np.float32)
     floats[0, 0, 0] = np.nan
     rgba = bands_of(2, count=4)
@@ -189,7 +198,8 @@ def test_u2_nan_and_alpha_are_no_data(tmp_path: Path) -> None:
     assert np.array_equal(after[:, valid], rgba[:3, valid])
 
 
-def test_u2_bands_are_chosen_or_asked_for(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_bands_are_chosen_or_asked_for(tmp_path: Path) -> None:
     five = bands_of(1, count=5)
     a = write_tif(tmp_path / "a.tif", five, photometric="minisblack")
     with pytest.raises(UserError, match=r"a\.tif: has 5 bands .*--bands 3,2,1"):
@@ -206,7 +216,8 @@ def test_u2_bands_are_chosen_or_asked_for(tmp_path: Path) -> None:
         assert np.array_equal(scene.read(0, 40)[0], five[[2, 1, 0]])
 
 
-def test_u2_sixteen_bits_are_scaled_and_it_is_said(tmp_path: Path) -> None:
+@pytest.mark.fault("U2")
+def test_sixteen_bits_are_scaled_and_it_is_said(tmp_path: Path) -> None:
     values = bands_of(1).astype(np.uint16) * 16
     a = write_tif(tmp_path / "a.tif", values)
     with open_scene(a, a, scale=(0, 4080)) as scene:
@@ -220,7 +231,17 @@ def test_u2_sixteen_bits_are_scaled_and_it_is_said(tmp_path: Path) -> None:
     assert np.abs(stretched[1] - expected).max() <= 1
 
 
-def test_u2_complex_numbers_are_refused(tmp_path: Path) -> None:
+def test_a_grid_without_a_crs_of_the_earth_has_no_place_and_it_is_said(tmp_path: Path) -> None:
+    drawing = 'LOCAL_CS["site",UNIT["metre",1]]'
+    for crs in (None, drawing):
+        a = write_tif(tmp_path / "a.tif", bands_of(1), crs=crs)
+        with open_scene(a, a) as scene:
+            assert not scene.grid.has_place and scene.grid.transform is not None
+            assert "so there are no polygons" in scene.notes[0]
+
+
+@pytest.mark.fault("U2")
+def test_complex_numbers_are_refused(tmp_path: Path) -> None:
     a = write_tif(tmp_path / "a.tif", np.zeros((1, 8, 8), dtype=np.complex64))
     with pytest.raises(UserError, match="complex numbers"):
         open_scene(a, a).__enter__()
@@ -238,7 +259,8 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         open_scene(tmp_path / "x.tif", tmp_path / "y.tif").__enter__()
 
 
-def test_u3_without_rasterio_plain_images_work_and_geotiffs_name_the_extra(
+@pytest.mark.fault("U3")
+def test_without_rasterio_plain_images_work_and_geotiffs_name_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = write_tif(tmp_path / "a.tif", bands_of(1, 32, 32))

@@ -24,27 +24,31 @@ def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> N
     os.utime(path, (1_000_000 - age, 1_000_000 - age))
 
 
-def test_r9_a_taken_name_gets_a_number(tmp_path: Path) -> None:
-    made = [new_run_folder(tmp_path / "runs", "a").name for _ in range(3)]
+@pytest.mark.fault("R9")
+def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    made = [new_run_folder(tmp_path / "runs", "a", {}).name for _ in range(3)]
     assert made == ["a", "a-2", "a-3"]
 
 
+@pytest.mark.fault("R14")
 @pytest.mark.parametrize("name", ["with space", "höhe-高さ"])
-def test_r14_odd_names_work(name: str, tmp_path: Path) -> None:
-    assert new_run_folder(tmp_path, name).is_dir()
+def test_odd_names_work(name: str, tmp_path: Path) -> None:
+    assert new_run_folder(tmp_path, name, {}).is_dir()
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "."])
 def test_a_name_cannot_leave_the_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give a plain name"):
-        new_run_folder(tmp_path / "runs", name)
+        new_run_folder(tmp_path / "runs", name, {})
     assert not (tmp_path / "x").exists()
 
 
-def test_r12_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+@pytest.mark.fault("R12")
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="runs"):
-        new_run_folder(tmp_path / "runs", "a")
+        new_run_folder(tmp_path / "runs", "a", {})
 
 
 def test_auto_takes_the_newest_run_or_the_named(tmp_path: Path) -> None:
@@ -52,17 +56,21 @@ def test_auto_takes_the_newest_run_or_the_named(tmp_path: Path) -> None:
     save(tmp_path / "new" / "last.pt", 2)
     (tmp_path / "empty").mkdir()
     path, state = find_checkpoint("auto", tmp_path, None)
+    assert state
     assert path == tmp_path / "new" / "last.pt"
     assert state["model"]["w"][0] == 2
-    assert find_checkpoint("auto", tmp_path, "old")[1]["model"]["w"][0] == 1
-    assert find_checkpoint(str(tmp_path / "old"), tmp_path, None)[1]["model"]["w"][0] == 1
+    for old in (("auto", tmp_path, "old"), (str(tmp_path / "old"), tmp_path, None)):
+        _, state = find_checkpoint(*old)
+        assert state and state["model"]["w"][0] == 1
 
 
-def test_c1_auto_passes_over_a_damaged_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.fault("C1")
+def test_auto_passes_over_a_damaged_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "a"
     save(run / "last.previous.pt", 1)
     (run / "last.pt").write_bytes(b"half")
     path, state = find_checkpoint("auto", tmp_path, None)
+    assert state
     assert path.name == "last.previous.pt"
     assert state["model"]["w"][0] == 1
     assert "last.pt: not a readable checkpoint" in capsys.readouterr().out
@@ -72,7 +80,8 @@ def test_c1_auto_passes_over_a_damaged_one(tmp_path: Path, capsys: pytest.Captur
         find_checkpoint(str(run / "last.pt"), tmp_path, None)
 
 
-def test_r17_all_damaged_names_them_all(tmp_path: Path) -> None:
+@pytest.mark.fault("R17")
+def test_all_damaged_names_them_all(tmp_path: Path) -> None:
     for name in ("last.pt", "last.previous.pt"):
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / name).write_bytes(b"half")

@@ -153,6 +153,7 @@ def test_a_complete_set_is_left_untouched(tmp_path: Path, monkeypatch: pytest.Mo
     assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
+@pytest.mark.fault("R24")
 @pytest.mark.parametrize("lost", [MARKER, "val/B/synthetic_00000.png"])
 def test_a_half_made_set_is_made_again(tmp_path: Path, lost: str) -> None:
     root = make_sample_set(tmp_path / "set", num_pairs=FEW, size=16)
@@ -210,6 +211,7 @@ def test_a_set_of_an_older_drawing_is_drawn_again(tmp_path: Path) -> None:
     assert files_of(root) == whole
 
 
+@pytest.mark.fault("R24")
 def test_what_a_killed_process_left_goes_and_a_living_one_stays(tmp_path: Path) -> None:
     prefix = sample_data.unfinished_prefix(tmp_path / "set")
     dead, alive = tmp_path / f"{prefix}1", tmp_path / f"{prefix}2"
@@ -221,6 +223,7 @@ def test_what_a_killed_process_left_goes_and_a_living_one_stays(tmp_path: Path) 
     assert alive.exists()
 
 
+@pytest.mark.fault("R24")
 def test_an_interrupted_set_leaves_nothing(tmp_path: Path) -> None:
     def stop(*_: int) -> None:
         raise KeyboardInterrupt
@@ -230,6 +233,7 @@ def test_an_interrupted_set_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault("R13", "P4")
 @pytest.mark.parametrize("half_made", [False, True])
 def test_two_processes_at_once_make_one_set(tmp_path: Path, half_made: bool) -> None:
     script = (

@@ -99,8 +99,9 @@ def test_a_cache_is_built_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert caches(data) == before and len(before) == 1
 
 
+@pytest.mark.fault("D13")
 @pytest.mark.parametrize("which", ["A", "B", "label"])
-def test_d13_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
+def test_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
     stale = opened(data)
     path = data / "train" / which / "p2.png"
     save(path, mask_of(32, 32, 0) if which == "label" else picture(77))
@@ -109,7 +110,8 @@ def test_d13_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
     assert len(caches(data)) == 1  # the old one is gone
 
 
-def test_d13_the_same_bytes_at_another_time_are_decoded_again(
+@pytest.mark.fault("D13")
+def test_the_same_bytes_at_another_time_are_decoded_again(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(data)
@@ -130,6 +132,7 @@ def test_other_labels_or_other_pairs_have_caches_of_their_own(data: Path) -> Non
     assert len(caches(data)) == 3
 
 
+@pytest.mark.fault("D13")
 def test_a_run_that_began_keeps_its_cache_while_files_change(data: Path) -> None:
     source, expected = opened(data), opened(data, "ram")
     save(data / "train" / "A" / "p2.png", picture(77))
@@ -137,6 +140,7 @@ def test_a_run_that_began_keeps_its_cache_while_files_change(data: Path) -> None
     assert same(source, expected)
 
 
+@pytest.mark.fault("D13")
 def test_a_truncated_cache_is_built_again(data: Path) -> None:
     opened(data)
     (name,) = caches(data)
@@ -164,6 +168,7 @@ def test_a_broken_file_leaves_nothing_behind(data: Path) -> None:
         assert caches(data) == []
 
 
+@pytest.mark.fault("D13")
 def test_a_file_that_changes_while_it_is_decoded_is_no_cache(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +193,8 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "available_memory", lambda: 10)
 
 
-def test_p4_a_full_disk_is_said(
+@pytest.mark.fault("P4")
+def test_a_full_disk_is_said(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill_disk(monkeypatch)
@@ -204,7 +210,8 @@ def test_p4_a_full_disk_is_said(
     assert caches(data) == []
 
 
-def test_p4_a_disk_that_fills_while_decoding(
+@pytest.mark.fault("P4")
+def test_a_disk_that_fills_while_decoding(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:
@@ -216,6 +223,7 @@ def test_p4_a_disk_that_fills_while_decoding(
     assert caches(data) == []
 
 
+@pytest.mark.fault("D15")
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(data: Path) -> None:
     (data / "cache").mkdir(mode=0o500)
@@ -223,6 +231,7 @@ def test_a_folder_that_cannot_be_written(data: Path) -> None:
         opened(data)
 
 
+@pytest.mark.fault("D15")
 def test_a_cache_folder_that_is_a_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "cache").write_text("not a folder")
     assert isinstance(opened(data, "auto"), CachedSource)
@@ -267,6 +276,7 @@ def build(
     results.put((len(decoded), int(source.planes(4).sum())))
 
 
+@pytest.mark.fault("R13", "P4")
 def test_processes_that_start_together_build_once(data: Path) -> None:
     context = multiprocessing.get_context("fork")
     gate, results = context.Event(), context.Queue()

@@ -1,5 +1,6 @@
 import csv
 import errno
+import json
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,7 @@ def test_a_new_column_widens_the_table(run_dir: Path) -> None:
     ]
 
 
+@pytest.mark.fault("R21")
 def test_resuming_drops_the_rows_that_come_again(run_dir: Path) -> None:
     with without_mlflow(run_dir) as tracker:
         for step in (1, 2, 3):
@@ -174,6 +177,7 @@ def test_resuming_drops_the_rows_that_come_again(run_dir: Path) -> None:
     assert [row["loss"] for row in table(run_dir)] == [repr(1 / 3), repr(2 / 3), "9.0"]
 
 
+@pytest.mark.fault("R4")
 def test_a_full_disk_costs_one_warning_and_no_row(
     run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +251,7 @@ def test_the_pr_curve_has_exact_counts(run_dir: Path) -> None:
     assert recall == pytest.approx([1, 0.9, 0.7, 0.4, 0])
 
 
+@pytest.mark.fault("R19")
 @pytest.mark.parametrize("package", ["torch.utils.tensorboard", "tensorboard"])
 def test_without_tensorboard_the_table_is_written(
     run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch, package: str
@@ -262,6 +267,7 @@ def test_without_tensorboard_the_table_is_written(
     assert warned[0].startswith("TensorBoard: ")
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_events_on_a_full_disk_cost_one_warning(
     run_dir: Path, warned: list[str], capfd: pytest.CaptureFixture[str]
@@ -284,6 +290,7 @@ def test_events_on_a_full_disk_cost_one_warning(
 # ---- MLflow
 
 
+@pytest.mark.fault("R19")
 def test_mlflow_has_the_whole_run(store: Path, run_dir: Path, warned: list[str]) -> None:
     # an old store in the working folder must not be taken
     make(Path.cwd() / "mlruns" / "0")
@@ -340,6 +347,7 @@ def test_an_exception_becomes_the_status(
     assert client(store).get_run(tracker.mlflow_run_id).info.status == status
 
 
+@pytest.mark.fault("R19", "R21")
 def test_resuming_continues_the_run(store: Path, run_dir: Path, warned: list[str]) -> None:
     killed = track(run_dir, store)  # never closed, like a killed one
     killed.log({"loss": 1.0, "bad": math.nan}, 1)
@@ -397,6 +405,7 @@ def test_a_guest_of_an_unknown_run_says_what_it_belongs_to(store: Path, run_dir:
     assert "evaluation_of" not in client(store).get_run(alone.mlflow_run_id).data.tags
 
 
+@pytest.mark.fault("R21")
 @pytest.mark.parametrize("unknown", ["0" * 32, "not an id/"])
 def test_an_unknown_id_becomes_a_new_run_with_the_history(
     store: Path, run_dir: Path, unknown: str
@@ -413,6 +422,7 @@ def test_an_unknown_id_becomes_a_new_run_with_the_history(
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.25)]
 
 
+@pytest.mark.fault("R19")
 def test_a_deleted_database_costs_one_warning(
     store: Path, run_dir: Path, warned: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,6 +439,7 @@ def test_a_deleted_database_costs_one_warning(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.fault("R8", "R19")
 def test_what_a_locked_database_refused_is_sent_later(
     store: Path, run_dir: Path, warned: list[str]
 ) -> None:
@@ -446,6 +457,7 @@ def test_what_a_locked_database_refused_is_sent_later(
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.fault("R8")
 def test_three_failures_are_enough(store: Path, run_dir: Path, warned: list[str]) -> None:
     calls = []
 
@@ -463,6 +475,7 @@ def test_three_failures_are_enough(store: Path, run_dir: Path, warned: list[str]
     assert warned == ["MLflow: server says no at https://host/api (the run goes on without)"]
 
 
+@pytest.mark.fault("R8")
 def test_an_unreachable_server_is_asked_once(
     tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -492,6 +505,65 @@ def test_an_unreachable_server_is_asked_once(
     assert not (tmp_path / "store").exists()
 
 
+class MlflowServer(ThreadingHTTPServer):
+    """As much of MLflow's protocol as a run needs, until it dies."""
+
+    daemon_threads = True
+    batches: list[int]
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: MlflowServer
+
+    def do_GET(self) -> None:
+        group = {"experiment_id": "1", "name": "x", "lifecycle_stage": "active"}
+        self.answer({"experiment": group} if "get-by-name" in self.path else {})
+
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        self.server.batches += [metric["step"] for metric in content.get("metrics", [])]
+        info = {"run_id": "r" * 32, "run_uuid": "r" * 32, "experiment_id": "1", "status": "RUNNING",
+                "start_time": 1, "lifecycle_stage": "active", "artifact_uri": "x"}  # fmt: skip
+        self.answer({"run": {"info": info, "data": {}}} if "runs/create" in self.path else {})
+
+    def answer(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.fault("R8")
+def test_a_server_that_dies_midway_costs_one_warning(
+    tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MlflowServer(("127.0.0.1", 0), Answer) as server:
+        server.batches = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        tracker = track(run_dir, tmp_path / "store")
+        for step in (1, 2):
+            tracker.log({"loss": 1.0}, step)
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        for step in range(3, 9):
+            tracker.log({"loss": 1.0}, step)
+        tracker.close()
+    assert server.batches == [1, 2]
+    assert tracker.mlflow_run_id == "r" * 32
+    assert len(warned) == 1 and warned[0].startswith("MLflow: ")
+    assert [row["step"] for row in table(run_dir)] == list("12345678")
+    assert "loss" in events(run_dir).Tags()["scalars"]
+
+
+@pytest.mark.fault("R19")
 def test_without_mlflow_the_table_is_written(
     tmp_path: Path, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +590,7 @@ def test_mlflow_can_be_left_out(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.fault("R25")
 def test_no_secret_is_written(store: Path, run_dir: Path) -> None:
     secret = "https://me:hunter2@host/data?token=hunter2#hunter2"
     config = {"data_dir": secret, "nested": {"source": f"see {secret}"}}
@@ -534,6 +607,7 @@ def test_no_secret_is_written(store: Path, run_dir: Path) -> None:
     assert "https://host/data" in client(store).get_run(tracker.mlflow_run_id).data.params.values()
 
 
+@pytest.mark.fault("R25")
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -587,6 +661,7 @@ with Tracker(run_dir, config={}, tags={}, store=store) as tracker:
 """
 
 
+@pytest.mark.fault("R20")
 @pytest.mark.slow
 def test_three_processes_may_create_the_store_at_once(tmp_path: Path) -> None:
     store = make(tmp_path / "new störe")

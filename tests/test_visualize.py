@@ -67,7 +67,8 @@ def test_as_the_notebook_calls_it(
     assert {p.name for p in tmp_path.iterdir()} == {"results.png", "set"}
 
 
-def test_r12_needs_no_display(
+@pytest.mark.fault("R12")
+def test_needs_no_display(
     val: ChangeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)

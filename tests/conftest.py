@@ -1,0 +1,23 @@
+"""Counts the rows of the fault matrix whose tests have passed."""
+
+import pytest
+from fault_matrix import ROWS
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in item.iter_markers("fault"):
+        item.user_properties += [("fault", row) for row in mark.args]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    def rows(outcome: str) -> set[object]:
+        reports = terminalreporter.stats.get(outcome, [])
+        return {
+            row
+            for report in reports
+            for name, row in getattr(report, "user_properties", ())
+            if name == "fault"
+        }
+
+    if passed := rows("passed") - rows("failed") - rows("error"):
+        terminalreporter.write_line(f"fault matrix: {len(passed)} of {len(ROWS)} rows passed here")

@@ -1,0 +1,262 @@
+import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from data_helpers import save_tree
+from torch import Tensor, nn
+
+import distributed
+import main
+from checkpoint import read_checkpoint
+from dataset import EpochSampler
+from main import train
+from sync_batch_norm import SyncBatchNorm, synchronize
+
+SCRIPT = Path(main.__file__)
+OPTIONS: dict[str, Any] = {
+    "backbone": "resnet18",
+    "weights": "none",
+    "crop_size": 64,
+    "batch_size": 4,
+    "workers": 0,
+    "device": "cpu",
+    "amp": "off",
+    "cache": "none",
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return save_tree(tmp_path / "levir", train=7, val=3, size=(64, 64))
+
+
+def launch(tmp_path: Path, *words: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", f"--max-restarts={restarts}", str(SCRIPT), *options,
+               f"--data-dir={tmp_path / 'levir'}", f"--output-dir={tmp_path / 'runs'}",
+               "--no-mlflow", "--name=a", *words]  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(run: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
+    try:
+        return run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        out, errors = run.communicate()
+        raise AssertionError(f"hangs:\n{out}\n{errors}") from None
+
+
+def wait_for(run: subprocess.Popen, text: str) -> None:
+    assert run.stdout is not None
+    for line in run.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text!r}:\n{run.stderr.read() if run.stderr else ''}")
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    scripts = [
+        child for child in children
+        if str(SCRIPT) in Path(f"/proc/{child}/cmdline").read_text()
+    ]  # fmt: skip
+    return sorted(map(int, scripts))
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        table = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    for row in table:
+        del row["pairs_per_second"], row["data_wait_share"]
+    return table
+
+
+def alone(tree: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+    """Train in this process, as the launched ones do."""
+    monkeypatch.setattr(main, "ROOT", tree.parent)
+    train({**OPTIONS, "data_dir": str(tree), "mlflow": False, **more})
+
+
+@pytest.mark.fault("P1", "P2", "P6")
+def test_two_processes_train_as_one(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # AdamW turns a gradient's rounding into a step of the learning rate's size: so a small one
+    run = launch(tmp_path, "--epochs=2", "--accumulate=2", "--batch-size=3", "--lr=1e-4")
+    alone(tree, monkeypatch, epochs=2, accumulate=2, batch_size=3, lr=1e-4, name="one")
+    out, errors = end(run)
+    assert run.returncode == 0, errors
+    assert out.count("epoch   1/2") == out.count("best epoch") == 1
+    runs = tmp_path / "runs"
+    assert len(list((runs / "a").glob("*tfevents*"))) == 1
+    for two, one in zip(rows(runs / "a"), rows(runs / "one"), strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], abs=1e-5)
+        assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-5)
+        scores = {k for k in one if k.startswith("val/") and k != "val/loss"}
+        assert {k: two[k] for k in scores} == {k: one[k] for k in scores}
+    first, second = (read_checkpoint(runs / name / "last.pt") for name in ("a", "one"))
+    assert first["model"].keys() == second["model"].keys()  # plain names
+    for key, value in first["model"].items():
+        torch.testing.assert_close(value, second["model"][key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.fault("P2", "P5")
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(7, 4), (8, 3), (1, 8), (5, 16)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_no_sample_is_lost_or_seen_twice(
+    shuffle: bool, num_samples: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(rank: int, size: int) -> list[list[tuple[int, int]]]:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: size)
+        monkeypatch.setattr("dataset.world_size", lambda: size)
+        sampler = EpochSampler(num_samples, batch_size, shuffle=shuffle, seed=3)
+        sampler.set_epoch(2)
+        found = list(sampler)
+        assert len(found) == len(sampler)
+        return found
+
+    whole = batches(0, 1)
+    for size in (2, 3):
+        parts = [batches(rank, size) for rank in range(size)]
+        if shuffle:
+            assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == whole
+        else:
+            assert list(chain(*chain(*parts))) == list(chain(*whole))
+
+
+def in_two_processes(work: Callable[[int], None], folder: Path) -> None:
+    torch.multiprocessing.spawn(_join, (work, folder), nprocs=2)
+
+
+def _join(rank: int, work: Callable[[int], None], folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    work(rank)
+    distributed.wait_for_all()
+    dist.destroy_process_group()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(7, 5, 6, 4, generator=generator) + 10
+    return x, torch.randn(7, 5, 6, 4, generator=generator)
+
+
+def normalize(x: Tensor, gradient: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(5)
+    nn.init.uniform_(norm.weight)
+    synchronize(norm)
+    x.requires_grad_()
+    y = norm(x)
+    y.backward(gradient)
+    assert x.grad is not None
+    return torch.stack([y.detach(), x.grad]), norm
+
+
+def normalize_part(folder: Path, rank: int) -> None:
+    parts, norm = normalize(*(t.split([4, 3])[rank] for t in batch()))
+    assert type(norm) is SyncBatchNorm
+    gradients = torch.stack([p.grad for p in norm.parameters() if p.grad is not None])
+    torch.save((parts, gradients, norm.state_dict()), folder / f"{rank}.pt")
+
+
+def test_batch_norm_of_two_parts_is_that_of_the_whole(tmp_path: Path) -> None:
+    in_two_processes(functools.partial(normalize_part, tmp_path), tmp_path)
+    (one, grads, state), (two, more, same) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    whole, norm = normalize(*batch())
+    assert type(norm) is nn.BatchNorm2d  # one process keeps torch's own
+    torch.testing.assert_close(torch.cat([one, two], dim=1), whole, rtol=1e-5, atol=2e-6)
+    expected = torch.stack([p.grad for p in norm.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads + more, expected, rtol=1e-5, atol=1e-5)
+    for key, value in norm.state_dict().items():
+        assert torch.equal(state[key], same[key])
+        torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P3")
+def test_the_others_end_when_one_is_killed(tree: Path, tmp_path: Path) -> None:
+    run = launch(tmp_path, "--epochs=500")
+    wait_for(run, "epoch   1/")
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    _, errors = end(run, timeout=40)
+    assert run.returncode == 1
+    ours = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1 and "lost another process" in ours[0]
+    read_checkpoint(tmp_path / "runs" / "a" / "last.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P3")
+def test_torchrun_starts_it_again_and_it_goes_on(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = launch(tmp_path, "--epochs=4", restarts=1)
+    wait_for(run, "epoch   2/")
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    _, errors = end(run)
+    assert run.returncode == 0, errors
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == [1, 2, 3, 4]
+    straight = launch(tmp_path, "--epochs=4", "--name=straight")
+    end(straight)
+    assert rows(tmp_path / "runs" / "a") == rows(tmp_path / "runs" / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P7", "P8")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_once_and_one_process_goes_on(
+    number: signal.Signals, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = launch(tmp_path, "--epochs=500")
+    wait_for(run, "epoch   2/")
+    for process in [*ranks_of(run), run.pid]:  # as a terminal does; torchrun repeats it
+        os.kill(process, number)
+    _, errors = end(run, timeout=60)
+    assert errors.count("go on with: python main.py --resume") == 1
+    assert errors.count("stopping after this step") == 1
+    state = read_checkpoint(tmp_path / "runs" / "a" / "last.pt")
+    epoch = state["progress"]["epoch"]
+    assert epoch >= 2
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    train({"resume": str(tmp_path / "runs" / "a"), "epochs": epoch + 1})
+    straight = {**OPTIONS, "data_dir": str(tree), "mlflow": False, "epochs": 500, "name": "one"}
+    assert state["config"]["batch_size"] == straight["batch_size"]
+    assert [row["step"] for row in rows(tmp_path / "runs" / "a")] == list(range(1, epoch + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P4", "P5")
+def test_a_validation_split_smaller_than_the_processes(tmp_path: Path) -> None:
+    save_tree(tmp_path / "levir", train=3, val=1, size=(64, 64))
+    run = launch(tmp_path, "--epochs=1", "--cache=disk")
+    _, errors = end(run)
+    assert run.returncode == 0, errors
+    assert len(rows(tmp_path / "runs" / "a")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P3")
+def test_a_mistake_is_one_line_of_one_process(tree: Path, tmp_path: Path) -> None:
+    run = launch(tmp_path, "--batch-size=1")
+    _, errors = end(run)
+    ours = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert ours == ["error: 1 pairs in a batch are too few for 2 processes"]

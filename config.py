@@ -3,8 +3,12 @@
     epochs: int = option(30, "passes over the training split", above=0)
     ->  --epochs N      passes over the training split (default: 30)
 
+    before: str = option(REQUIRED, "the earlier date", positional=True)
+    ->  before          the earlier date
+
 A `bool` becomes --flag/--no-flag, `str | None` is optional, a tuple is comma-separated, and
-`--batch_size` is `--batch-size`. Nothing here imports torch, so that `--help` answers at once.
+`--batch_size` is `--batch-size`. A positional tuple takes several words. Nothing here imports
+torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -14,12 +18,13 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from errors import UserError
 
 ConfigT = TypeVar("ConfigT")
+REQUIRED: Any = dataclasses.MISSING  # as the default of a positional that must be given
 
 
 def option(
@@ -35,11 +40,12 @@ def option(
     resumable: bool = False,
     bare: str | None = None,
     aliases: Sequence[str] = (),
+    positional: bool = False,
 ) -> Any:
     """Declare a field of a config.
 
     Args:
-        default: what a run without the flag takes.
+        default: what a run without the flag takes; `REQUIRED` for a positional without one.
         help: one line for `--help`.
         short: a one-letter flag, such as "-b".
         choices: the only values allowed.
@@ -50,6 +56,8 @@ def option(
         resumable: may differ from the checkpoint's when a run is resumed.
         bare: the value when the flag stands without one (`--resume` is `--resume auto`).
         aliases: other spellings of the flag.
+        positional: given by its place, without a flag; of type `str` one word, of type
+            `tuple[str, ...]` several, at least one if it is `REQUIRED`.
     """
     metadata = {
         "help": help,
@@ -62,6 +70,7 @@ def option(
         "resumable": resumable,
         "bare": bare,
         "aliases": aliases,
+        "positional": positional,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -88,9 +97,11 @@ def parse(
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
-    for name, words in (switches or {}).items():
-        parser.add_argument(_flag(name), action="store_true", help=words)
-    given = vars(parser.parse_args(list(map(_hyphens, sys.argv[1:] if argv is None else argv))))
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    words = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_intermixed_args(words))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
         names = {field.name for field, _ in _fields(config_class)}
         validate(config_class(**{name: given[name] for name in names & set(given)}))
@@ -106,7 +117,7 @@ def validate(config: Any) -> None:
         UserError: names the flag, the value and what is allowed.
     """
     for field in dataclasses.fields(config):
-        value, rule, flag = getattr(config, field.name), field.metadata, _flag(field.name)
+        value, rule, flag = getattr(config, field.name), field.metadata, _flag(field)
         if value is None:
             continue
         if rule["choices"] and value not in rule["choices"]:
@@ -128,7 +139,7 @@ def validate(config: Any) -> None:
 def differences(saved: Any, current: Any) -> list[str]:
     """Name the options that may not change on resuming, yet do: "--crop-size: 256, now 128"."""
     return [
-        f"{_flag(f.name)}: {_text(getattr(saved, f.name))}, now {_text(getattr(current, f.name))}"
+        f"{_flag(f)}: {_text(getattr(saved, f.name))}, now {_text(getattr(current, f.name))}"
         for f in dataclasses.fields(saved)
         if not f.metadata["resumable"] and getattr(saved, f.name) != getattr(current, f.name)
     ]
@@ -183,21 +194,24 @@ def _is_a(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _flag(field: dataclasses.Field) -> str:
+    name = field.name.replace("_", "-")
+    return name if field.metadata["positional"] else f"--{name}"
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
     rule = field.metadata
-    shown = "" if field.default is None else f" (default: {_text(field.default)})"
-    words: dict[str, Any] = {
-        "dest": field.name,
-        "help": (rule["help"] + shown).replace("%", "%%"),
-    }
-    flags = [_flag(field.name), *rule["aliases"]]
+    has_default = field.default not in (None, REQUIRED, ())
+    shown = f" (default: {_text(field.default)})" if has_default else ""
+    words: dict[str, Any] = {"help": (rule["help"] + shown).replace("%", "%%")}
+    if rule["positional"]:
+        _add_positional(parser, field, kind, words)
+        return
+    words["dest"] = field.name
+    flags = [_flag(field), *rule["aliases"]]
     if kind is bool:
         words["action"] = argparse.BooleanOptionalAction
-        parser.add_argument(_flag(field.name), **words)
+        parser.add_argument(_flag(field), **words)
         return
     if rule["short"]:
         flags.insert(0, rule["short"])
@@ -206,12 +220,27 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -
     if rule["bare"]:
         words |= {"nargs": "?", "const": rule["bare"]}
     if typing.get_origin(kind) is tuple:
-        words |= {"type": _int_tuple, "metavar": "N,N"}
+        element = typing.get_args(kind)[0]
+        words |= {"type": _tuple_of(element), "metavar": "N,N" if element is int else "X,X"}
     else:
         words |= {"type": kind}
         if not rule["choices"]:
             words["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
     parser.add_argument(*flags, **words)
+
+
+def _add_positional(
+    parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, words: dict[str, Any]
+) -> None:
+    if field.metadata["choices"]:
+        words["choices"] = field.metadata["choices"]
+    is_required = field.default is REQUIRED
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+        words["nargs"] = "+" if is_required else "*"
+    elif not is_required:
+        words["nargs"] = "?"
+    parser.add_argument(field.name, type=kind, metavar=_flag(field), **words)
 
 
 def _hyphens(word: str) -> str:
@@ -228,9 +257,14 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _int_tuple(text: str) -> tuple[int, ...]:
+def _tuple_of(element: type) -> Callable[[str], tuple[Any, ...]]:
     """'0,128,255' -> (0, 128, 255)."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 0,255") from None
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(element(word) for word in text.split(","))
+        except ValueError:
+            kind = "whole numbers, such as 0,255" if element is int else "numbers, such as 0,0.5"
+            raise argparse.ArgumentTypeError(f"{text!r}: give {kind}") from None
+
+    return read

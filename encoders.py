@@ -168,8 +168,12 @@ def _stages(name: str) -> Encoder:
     return Encoder(stages, [wide, 2 * wide, 4 * wide, 8 * wide], (4, 8, 16, 32), multiple=32)
 
 
-def _timm(name: str) -> Encoder:
-    """Cut a network of timm into stages; its stride-64 maps and the like are left out."""
+def timm_network(name: str, *, features_only: bool = True, **options: Any) -> Any:
+    """Build a network of timm that returns its maps, or whole; options as of `timm.create_model`.
+
+    Raises:
+        UserError: timm is not installed.
+    """
     try:
         import timm
     except ImportError:
@@ -177,11 +181,18 @@ def _timm(name: str) -> Encoder:
             f"--backbone {name}: timm is not installed; pip install -r requirements-zoo.txt"
         ) from None
     model = name.removeprefix(TIMM)
-    # else a Swin takes images of its training's size alone
-    options: dict[str, Any] = {"strict_img_size": False} if "swin" in model else {}
+    if "swin" in model:
+        options["strict_img_size"] = False  # else images of its training's size alone
+    return timm.create_model(model, features_only=features_only, **options)
+
+
+def _timm(name: str) -> Encoder:
+    """Cut a network of timm into stages; its stride-64 maps and the like are left out."""
     try:
-        backbone: Any = timm.create_model(model, features_only=True, **options)
+        backbone = timm_network(name)
         channels, strides = backbone.feature_info.channels(), backbone.feature_info.reduction()
+    except UserError:
+        raise
     except Exception as error:  # timm raises whatever its networks do for a name or an option
         raise UserError(f"--backbone {name}: timm cannot build it ({error})") from None
     wanted = [i for i, stride in enumerate(strides) if stride in (2, 4, 8, 16, 32)]
@@ -190,18 +201,18 @@ def _timm(name: str) -> Encoder:
         raise UserError(
             f"--backbone {name}: its maps have the strides {strides}; needs 4, 8, 16, 32"
         )
-    about = timm.get_pretrained_cfg(model)
+    about = backbone.pretrained_cfg
     return Encoder(
-        _Timm(backbone, wanted, channels),
+        TimmStages(backbone, wanted, channels),
         [channels[i] for i in wanted],
         strides,
         multiple=32,
-        mean=about.mean if about else IMAGENET_MEAN,
-        std=about.std if about else IMAGENET_STD,
+        mean=about.get("mean") or IMAGENET_MEAN,
+        std=about.get("std") or IMAGENET_STD,
     )
 
 
-class _Timm(nn.Module):
+class TimmStages(nn.Module):
     """Some maps of a timm network, as (N, C, h, w); a few of its families give (N, h, w, C)."""
 
     def __init__(self, network: nn.Module, wanted: Sequence[int], channels: Sequence[int]) -> None:

@@ -109,9 +109,9 @@ class CrossAttention(nn.Module):
         query, key, value, mask, grid = self._attention_inputs(both)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         seen = seen.transpose(1, 2).flatten(2)  # (2B windows, T, d)
-        seen = _from_windows(self.output(seen), len(both), grid, both.shape[-2:])
-        first, second = (both + self.gamma * seen).to(both.dtype).chunk(2)
-        return first, second
+        seen = _from_windows(self.output(seen), both.shape[0], grid, both.shape[-2:])
+        both = (both + self.gamma * seen).to(both.dtype)
+        return both[: before.shape[0]], both[before.shape[0] :]
 
     @torch.no_grad()
     def look(self, before: Tensor, after: Tensor, row: int, column: int) -> Tensor:
@@ -149,18 +149,19 @@ class CrossAttention(nn.Module):
         x = (x + self.position(x)).permute(0, 2, 3, 1)
         x = self.norm(x)
         height, width = x.shape[1:3]
-        rows, columns = -(-height // self.window), -(-width // self.window)
-        high, wide = -(-height // rows), -(-width // columns)
+        rows, columns = _divide_up(height, self.window), _divide_up(width, self.window)
+        high, wide = _divide_up(height, rows), _divide_up(width, columns)
         grid = (rows, columns, high, wide)
         windows = _to_windows(x, grid)
         heads = self.query_key_value(windows).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         # each date asks the other: exchange the halves of the batch
-        key, value = (torch.cat(t.chunk(2)[::-1]) for t in (key, value))
+        half = key.shape[0] // 2
+        key, value = (torch.cat([t[half:], t[:half]]) for t in (key, value))
         if (rows * high, columns * wide) == (height, width):
             return query, key, value, None, grid
         inside = _to_windows(x.new_ones(1, height, width, 1), grid).squeeze(-1).bool()
-        return query, key, value, inside[:, None, None].repeat(len(both), 1, 1, 1), grid
+        return query, key, value, inside[:, None, None].repeat(both.shape[0], 1, 1, 1), grid
 
 
 class CrossAttentionFusion(nn.Module):
@@ -199,6 +200,11 @@ def _start_as_difference(mix: nn.Sequential, in_channels: int) -> None:
         first, second = weight[:, : 2 * in_channels].chunk(2, dim=1)
         nn.init.kaiming_normal_(first, mode="fan_out", nonlinearity="relu")
         second.copy_(-first)
+
+
+def _divide_up(number: int, by: int) -> int:
+    """Round a quotient up; ONNX would round that of a negative number towards zero."""
+    return (number + by - 1) // by
 
 
 def _to_windows(x: Tensor, grid: tuple[int, int, int, int]) -> Tensor:

@@ -33,8 +33,8 @@ class Config:
     crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
 
     # model
-    backbone: str = option("resnet50", "encoder")
-    fusion: str = option("concat", "how the features of both dates become one")
+    backbone: str = option("resnet50", "encoder; --list shows them all")
+    fusion: str = option("concat", "of both dates: concat, diff, concat_diff, cross_attention")
     weights: str = option("imagenet", "of the encoder: imagenet, none or a file")
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 

@@ -93,7 +93,7 @@ class SiameseUNet(nn.Module):
         return self._compare(features)[..., :height, :width]  # sizes were rounded up
 
     def _compare(self, features: list[Tensor]) -> Tensor:
-        fused = [fuse(*f.chunk(2)) for fuse, f in zip(self.fusions, features, strict=True)]
+        fused = [fuse(*_dates(f)) for fuse, f in zip(self.fusions, features, strict=True)]
         return _decode(self.decoder, self.head, fused)
 
 
@@ -124,10 +124,16 @@ class SemanticUNet(SiameseUNet):
     def _compare(self, features: list[Tensor]) -> Tensor:
         maps = [project(f) for project, f in zip(self.projections, features, strict=True)]
         classes = _decode(self.semantic_decoder, self.semantic_head, maps)  # (2B, K, H, W)
-        return torch.cat([super()._compare(features), *classes.chunk(2)], dim=1)
+        return torch.cat([super()._compare(features), *_dates(classes)], dim=1)
 
 
 TASKS: dict[str, type[SiameseUNet]] = {"change": SiameseUNet, "semantic": SemanticUNet}
+
+
+def _dates(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Take (2B, ...) apart; `chunk` of a batch of unknown size cannot be exported."""
+    num_pairs = both.shape[0] // 2
+    return both[:num_pairs], both[num_pairs:]
 
 
 def _decoder_and_head(encoder: Encoder, num_logits: int) -> tuple[nn.ModuleList, nn.Conv2d]:

@@ -1,4 +1,4 @@
-"""Weights for the encoder: torchvision's ImageNet ones, or a file.
+"""Weights for the encoder: torchvision's ImageNet ones, timm's own, or a file.
 
 A wrong or missing file is an error with its remedies; random weights are never put in silently.
 """
@@ -7,16 +7,18 @@ import pickle
 import socket
 import urllib.error
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from encoders import Encoder
+from encoders import TIMM, Encoder, timm_network
 from errors import UserError
 from torch_file import read_torch_file
 
+OURS = "encoder.backbone."  # before the names in our checkpoints
 TIMEOUT = 15  # seconds without an answer before a download is given up
 REMEDIES = (
     "give --weights PATH with a state dict of this backbone, "
@@ -33,9 +35,9 @@ def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
 
     Args:
         encoder: is changed in place.
-        backbone: its name, a key of `model.ENCODERS`.
-        source: "imagenet", "none", or the path of a state dict (torchvision's names, with or
-            without the classifier) or of one of our checkpoints.
+        backbone: its name, as of `encoders.build_encoder`.
+        source: "imagenet", "none", or the path of a state dict (torchvision's or timm's names, with
+            or without the classifier) or of one of our checkpoints.
 
     Returns:
         A phrase for the log, such as "ImageNet (ResNet50_Weights.IMAGENET1K_V2)".
@@ -47,11 +49,28 @@ def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
     if source == "none":
         return "none: the encoder starts from random numbers"
     if source == "imagenet":
-        url = imagenet_url(backbone)
-        _fill(encoder, download(url), url)
-        return f"ImageNet ({get_model_weights(backbone).DEFAULT})"
-    _fill(encoder, read_state_dict(Path(source)), source)
+        state, words = library_weights(backbone)
+        _fill(encoder, state, words)
+        return words
+    state = read_state_dict(Path(source))
+    if backbone.startswith(TIMM) and not any(key.startswith(OURS) for key in state):
+        _check_is_timm(backbone, state, source)
+        state = _timm_state(backbone, source, pretrained_cfg_overlay={"state_dict": state})
+    _fill(encoder, state, source)
     return source
+
+
+def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
+    """Fetch a backbone's weights as its library publishes them, and name them.
+
+    Raises:
+        WeightsUnavailableError: no network, or a broken download.
+        UserError: there are none.
+    """
+    if backbone.startswith(TIMM):
+        return _timm_state(backbone, backbone), f"pretrained ({backbone})"
+    url = imagenet_url(backbone)
+    return download(url), f"ImageNet ({get_model_weights(backbone).DEFAULT})"
 
 
 def check_source(source: str) -> None:
@@ -121,12 +140,39 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def _timm_state(backbone: str, source: str, **options: Any) -> dict[str, Tensor]:
+    """Let timm fetch or convert weights: its plain names differ from those of its maps."""
+    try:
+        network = timm_network(backbone, pretrained=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of hubs, hosts, files and networks, each of its own type
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsUnavailableError(
+            f"{source}: its weights cannot be had ({reason}); {REMEDIES}"
+        ) from None
+    return {f"network.{key}": value for key, value in network.state_dict().items()}
+
+
+def _check_is_timm(backbone: str, state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError unless a state dict has all weights; timm itself leaves gaps random."""
+    network = timm_network(backbone, features_only=False)
+    head = network.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    wanted = {k: v for k, v in network.state_dict().items() if not (heads and k.startswith(heads))}
+    _check_fits(wanted, state, source)
+
+
 def _fill(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
-    prefix = "encoder.backbone."
-    if any(key.startswith(prefix) for key in state):
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if any(key.startswith(OURS) for key in state):
+        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
     state = {k.removeprefix("module."): v for k, v in state.items()}
     wanted = encoder.backbone.state_dict()
+    _check_fits(wanted, state, source)
+    encoder.backbone.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
+
+
+def _check_fits(wanted: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or shapes:
@@ -136,4 +182,3 @@ def _fill(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
             f"({len(missing)} missing, {len(shapes)} of other shape, {len(wanted)} wanted); "
             "give weights of the same backbone, or change --backbone"
         )
-    encoder.backbone.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})

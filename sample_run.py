@@ -59,7 +59,7 @@ def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, A
         given: names of the options that the user has chosen; these stay.
     """
     try:
-        pretrained.download(pretrained.imagenet_url(backbone))
+        pretrained.library_weights(backbone)
     except WeightsUnavailableError as error:
         recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())

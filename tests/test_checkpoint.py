@@ -303,8 +303,8 @@ def test_a_schedule_keeps_its_methods() -> None:
 def test_a_scaler_of_another_kind_is_refused(state: Any) -> None:
     with pytest.raises(UserError, match="its scaler does not fit"):
         restore({"scaler": torch.amp.GradScaler("cpu")}, {"scaler": state}, "run.pt")
-    for none in ({}, {"scaler": {}}):
-        restore({"scaler": torch.amp.GradScaler("cpu")}, none, "run.pt")
+    restore({"scaler": torch.amp.GradScaler("cpu")}, {}, "run.pt")
+    restore({"scaler": torch.amp.GradScaler("cpu")}, {"scaler": {}}, "run.pt")
 
 
 def test_restore_names_the_part() -> None:

@@ -22,15 +22,69 @@ class Small:
     kind: str = option("a", "a choice", choices=("a", "b"))
     where: str | None = option(None, "a place", bare="auto", resumable=True, aliases=["--place"])
     values: tuple[int, ...] | None = option(None, "numbers")
+    limits: tuple[float, ...] | None = option(None, "numbers with fractions")
+
+
+@dataclass(frozen=True)
+class Placed:
+    first: str = option(cli.REQUIRED, "a word", positional=True)
+    the_rest: tuple[str, ...] = option(cli.REQUIRED, "words", positional=True)
+    count: int = option(3, "a count", short="-c", above=0)
+
+
+@dataclass(frozen=True)
+class PlacedOrNot:
+    first: str | None = option(None, "a word", positional=True)
+    numbers: tuple[int, ...] = option((), "numbers", positional=True)
+    fast: bool = option(False, "a switch")
+
+
+def test_positionals_stand_before_between_and_after_flags() -> None:
+    expected = {"first": "a_b", "the_rest": ("--b", "c"), "count": 4}
+    for line in ("-c 4 a_b -- --b c", "a_b -c 4 -- --b c"):
+        assert cli.parse(Placed, line.split()) == expected
+    assert cli.parse(Placed, ["a", "b", "-c", "4", "c"])["the_rest"] == ("b", "c")
+
+
+def test_positionals_with_a_default_may_be_left_out() -> None:
+    assert cli.parse(PlacedOrNot, []) == {}
+    assert cli.parse(PlacedOrNot, ["--fast"]) == {"fast": True}
+    line = ["a", "1", "--fast", "2"]
+    assert cli.parse(PlacedOrNot, line) == {"first": "a", "numbers": (1, 2), "fast": True}
+
+
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [("", "required: first, the-rest"), ("a", "required: the-rest"), ("a b -c 0", "--count 0")],
+)
+def test_r16_missing_positional_exits_with_2(
+    argv: str, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Placed, argv.split())
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_positionals_round_trip_and_show_in_help(capsys: pytest.CaptureFixture) -> None:
+    config = Placed("a", ("b", "c"))
+    assert cli.from_dict(Placed, json.loads(json.dumps(cli.as_dict(config)))) == config
+    assert cli.differences(config, Placed("a", ("b",))) == ["the-rest: b,c, now b"]
+    with pytest.raises(SystemExit):
+        cli.parse(Placed, ["--help"])
+    shown = capsys.readouterr().out
+    assert "first the-rest [the-rest ...]" in shown
+    assert "default: 3" in shown and "MISSING" not in shown
 
 
 def test_only_given_flags_come_back() -> None:
     assert cli.parse(Small, []) == {}
-    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255"
+    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255 --limits 0,0.5"
     argv = line.split()
     assert cli.parse(Small, argv) == {
         "count": 4, "rate": 2.0, "fast": True, "maybe": False, "kind": "b", "where": "auto",
-        "values": (0, 128, 255),
+        "values": (0, 128, 255), "limits": (0.0, 0.5),
     }  # fmt: skip
 
 
@@ -52,6 +106,7 @@ def test_underscores_and_aliases_are_the_same_flag() -> None:
         ("--side 33", "--side 33: give a multiple of 32"),
         ("--kind c", "choose from"),
         ("--values 0;1", "give whole numbers, such as 0,255"),
+        ("--limits 0,x", "'0,x': give numbers, such as 0,0.5"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
     ],
 )

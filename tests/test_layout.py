@@ -10,12 +10,19 @@ FLOORS = {
     "classes": 1, "config": 1, "layouts": 1, "hardware": 1, "encoders": 1,
     "image_io": 2, "sample_data": 2, "model": 2, "pretrained": 2, "tracking": 2,
     "sources": 3, "data_check": 3, "metrics": 3, "optimizer": 3, "checkpoint": 3, "sample_run": 3,
-    "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
     "torch_file": 0, "download": 2,
-    "visualize": 5, "catalogue": 5, "matrices": 6, "attention": 6, "recorder": 7, "main": 8,
+    "raster": 3, "polygons": 4, "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
+    "inference": 5, "visualize": 5, "catalogue": 5, "matrices": 6, "attention": 6, "maps": 6,
+    "recorder": 7, "main": 8, "predict": 8, "export": 8,
 }  # fmt: skip
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
-OPTIONAL = {"encoders": {"timm"}}  # imported where they are asked for, with a remedy
+OPTIONAL = {
+    "encoders": {"timm"},
+    "raster": {"rasterio"},
+    "polygons": {"rasterio"},
+    "maps": {"rasterio"},
+    "export": {"onnx", "onnx_ir", "onnxruntime", "onnxscript"},
+}  # imported where they are asked for, with a remedy
 # What each part of the science may not know of
 IGNORANT = {
     "model": {"argparse", "mlflow", "config", "tracking", "engine"},

@@ -1,4 +1,5 @@
 import hashlib
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +13,10 @@ from torchvision.models import resnet
 
 import pretrained
 from checkpoint import save_checkpoint
+from encoders import build_encoder
 from errors import UserError
 from model import Encoder, build_model
-from pretrained import WeightsUnavailableError, download, load_weights
+from pretrained import WeightsUnavailableError, download, library_weights, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,46 @@ def test_r15_no_network_is_one_clear_error(
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     with pytest.raises(WeightsUnavailableError, match=r"cannot be downloaded.*--weights PATH"):
         download("http://127.0.0.1:9/resnet18-12345678.pth")
+
+
+def test_timm_weights_come_by_file_in_its_own_names(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    name = "timm:resnet10t"
+    torch.manual_seed(1)
+    whole = timm.create_model("resnet10t")  # with a classifier, and other names than its maps have
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    encoder = build_encoder(name)
+    assert load_weights(encoder, name, str(tmp_path / "w.pth")) == str(tmp_path / "w.pth")
+    image = torch.rand(1, 3, 64, 64)
+    whole, encoder = whole.eval(), encoder.eval()
+    with torch.no_grad():
+        expected = whole.forward_features((image - encoder.mean) / encoder.std)
+        torch.testing.assert_close(encoder(image)[-1], expected)
+    ours = {f"encoder.backbone.{k}": v for k, v in encoder.backbone.state_dict().items()}
+    torch.save({"model": ours}, tmp_path / "ours.pt")
+    again = build_encoder(name).eval()
+    load_weights(again, name, str(tmp_path / "ours.pt"))
+    assert torch.equal(again(image)[-1], encoder(image)[-1])
+    torch.save({"x": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: does not fit"):
+        load_weights(build_encoder(name), name, str(tmp_path / "other.pth"))
+
+
+def test_timm_weights_that_cannot_be_had_are_an_error_with_remedies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timm = pytest.importorskip("timm")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(WeightsUnavailableError, match="no route to the hub.*--weights PATH"):
+        library_weights("timm:resnet10t")
+
+
+@pytest.mark.fault("U3")
+def test_u3_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="timm is not installed; pip install -r requirements-zoo"):
+        build_encoder("timm:resnet10t")

@@ -1,7 +1,7 @@
 """How fast a trained model predicts, against the naive version.
 
-    python benchmarks/predict.py
-    python benchmarks/predict.py --device cuda --batches 1 8 32 128
+    python benchmarks/prediction.py
+    python benchmarks/prediction.py --device cuda --batches 1 8 32 128
 
 Variants at batch 8, 256 x 256; then ours over batch and image size.
 """

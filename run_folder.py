@@ -10,6 +10,7 @@ is written beside and moved into place: a process may be killed at any moment.
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ def new_run_folder(output_dir: Path, name: str, options: Mapping[str, Any]) -> P
         UserError: the name leaves the folder, or nothing can be written there.
     """
     check_name(name)
-    beside = output_dir / f".{name}.{os.getpid()}.tmp"
+    beside = output_dir / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         beside.mkdir(parents=True)
         write_json(beside / OPTIONS, options)

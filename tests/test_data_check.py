@@ -56,7 +56,7 @@ def test_classes_of_a_multi_class_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D2", "D3")
-def test_d3_all_faults_at_once(tmp_path: Path) -> None:
+def test_all_faults_at_once(tmp_path: Path) -> None:
     train = save_tree(tmp_path, train=4, val=1) / "train"
     save(train / "B" / "train_0.png", picture(9, 32, 31))
     (train / "A" / "train_1.png").write_bytes(b"")

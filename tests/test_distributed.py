@@ -111,7 +111,12 @@ def test_two_processes_train_as_one(
     first, second = (read_checkpoint(runs / name / "last.pt") for name in ("a", "one"))
     assert first["model"].keys() == second["model"].keys()  # plain names
     for key, value in first["model"].items():
-        torch.testing.assert_close(value, second["model"][key], rtol=1e-3, atol=1e-4)
+        other = second["model"][key]
+        # of a gradient near 0, rounding decides the sign, and so a whole step of 1e-4
+        torch.testing.assert_close(value, other, rtol=1e-2, atol=5e-4)
+        assert (value.float() - other.float()).abs().mean() <= 1e-5 * (
+            1 + other.float().abs().mean()
+        )
 
 
 @pytest.mark.fault("P2", "P5")

@@ -66,6 +66,7 @@ from hardware import explain_out_of_memory, keep_freed_memory, pick_device
 from inference import predict_bands
 from maps import LAYERS, Kinds, SceneMaps, unfinished
 from raster import ENDINGS, open_scene
+from score_report import FEW_PAIRS
 
 
 def predict(given: dict[str, Any]) -> list[dict[str, float]]:
@@ -139,15 +140,19 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
     """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
 
     Of overlapping windows if that protocol was evaluated, else of the first one. An evaluation
-    that is older than the checkpoint, or that cannot be read, does not count.
+    that is older than the checkpoint, of other data than the training's, of fewer than
+    `FEW_PAIRS`, or that cannot be read, does not count.
     """
     found = list(checkpoint.parent.glob("evaluation/*/scores.json"))
     for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
         if path.stat().st_mtime < checkpoint.stat().st_mtime:
             continue
         try:
-            runs = json.loads(path.read_text("utf-8"))["runs"]
+            report = json.loads(path.read_text("utf-8"))
+            runs = report["runs"]
             (run,) = (r for r in runs if Path(r["checkpoint"]).name == checkpoint.name)
+            if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
+                continue
             protocols = run["protocols"]
             protocol = protocols.get("sliding") or next(iter(protocols.values()))
             threshold = float(protocol["points"]["val"]["threshold"])

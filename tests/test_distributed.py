@@ -91,6 +91,7 @@ def alone(tree: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
     train({**OPTIONS, "data_dir": str(tree), "mlflow": False, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.fault("P1", "P2", "P6")
 def test_two_processes_train_as_one(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -164,6 +164,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
         evaluated(trained, output_dir=str(tmp_path / "file" / "x"))
 
 
+@pytest.mark.slow
 def test_seeds_give_mean_and_deviation(trained: Path, tree: Path, tmp_path: Path) -> None:
     train({**TRAINING, "data_dir": str(tree), "name": "b", "seed": 1})
     report = evaluated(trained, tmp_path / "runs" / "b" / "best.pt", protocols="sliding")
@@ -275,6 +276,7 @@ def test_a_split_that_is_missing_and_runs_that_do_not_match(
         evaluated(trained, data_dir=str(small))
 
 
+@pytest.mark.slow
 def test_the_command_line(trained: Path) -> None:
     words = [str(trained), "--json", "--no-mlflow", "-j", "0", "--protocols", "whole"]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)

@@ -189,6 +189,7 @@ def test_two_runs_at_once_are_those_one_after_the_other(tree: Path, tmp_path: Pa
     assert all(torch.equal(v, second["model"][k]) for k, v in first["model"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.fault("R12", "R14", "R23", "R25", "R8")
 def test_a_bare_environment_and_its_secrets(tree: Path, tmp_path: Path) -> None:
     """No home, no display, another working directory, an odd name, a tracking server's token."""
@@ -216,6 +217,7 @@ def test_a_bare_environment_and_its_secrets(tree: Path, tmp_path: Path) -> None:
                 and path.name != "data"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault("R14")
 def test_a_clock_that_jumps_back_does_no_harm(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def test_kinds_take_names_and_colours_that_fit() -> None:
     assert (np.array(many.palette[1:]).sum(1) > 0).all()  # black is no change alone
 
 
+@pytest.mark.fault("U4")
 def test_files_appear_when_all_are_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RuntimeError), unfinished(out) as folder:

@@ -130,12 +130,21 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     scores = tmp_path / "evaluation" / "test" / "scores.json"
     scores.parent.mkdir(parents=True)
     point = {"points": {"default": {"threshold": None}, "val": {"threshold": 0.3125}}}
-    run_of = {"checkpoint": "runs/x/best.pt", "protocols": {"patches": {}, "sliding": point}}
-    scores.write_text(json.dumps({"runs": [run_of]}))
+    run_of: dict[str, Any] = {
+        "checkpoint": "runs/x/best.pt",
+        "protocols": {"patches": {}, "sliding": point},
+    }
+    run_of["trained_on_this_data"] = True
+    scores.write_text(json.dumps({"runs": [run_of], "val_pairs": 64}))
     run(best, *files, tmp_path / "a", probability="float32")
     assert "threshold 0.3125, chosen on val" in capsys.readouterr().out
     stored = np.asarray(opened(tmp_path / "a" / "1_probability.tif"))
     assert np.array_equal(np.asarray(opened(tmp_path / "a" / "1_mask.png")), stored > 0.3125)
+    scores.write_text(json.dumps({"runs": [run_of], "val_pairs": 3}))
+    assert predict.stored_threshold(Path(best)) is None
+    foreign = {**run_of, "trained_on_this_data": False}
+    scores.write_text(json.dumps({"runs": [foreign], "val_pairs": 64}))
+    assert predict.stored_threshold(Path(best)) is None
     os.utime(scores, (1, 1))  # older than the checkpoint
     assert predict.stored_threshold(Path(best)) is None
     scores.write_text("{")

@@ -48,7 +48,7 @@ from sample_data import read_marker
 from tracking import Tracker
 
 PATIENCE = 60  # seconds for one input, which takes milliseconds: longer is a hang
-times = pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.slow)])
+times = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 drawn = 0  # inputs of this session
 
 

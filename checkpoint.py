@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: missing, damaged, not ours, or of a newer format.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such run or checkpoint")
     try:
         state = read_torch_file(path, checked=True)
     except ValueError as error:

@@ -174,6 +174,18 @@ def as_dict(config: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Write options as a command line has them: "--lr 0.002 --no-freeze-backbone"."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {_text(value)}")
+    return " ".join(words)
+
+
 def _fields(config_class: type) -> list[tuple[dataclasses.Field, Any]]:
     hints = typing.get_type_hints(config_class)
     return [(f, _required_type(hints[f.name])) for f in dataclasses.fields(config_class)]

@@ -77,7 +77,9 @@ def read(path):  # (1, 3, H, W) {input}
     return {pixels}
 
 
-before, after = map(read, sys.argv[1:3])
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+before, after = map(read, sys.argv[1:])
 (logits,) = session.run(None, {{"before": before, "after": after}})  # (1, {channels}, H, W)
 {probability}
 Image.fromarray(np.uint8(255 * probability.round())).save("change.png")
@@ -155,7 +157,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
             f"{out / name}: {size:.0f} MB, any size from {side} x {side} on; logits differ by at "
             f"most {worst[kind]:.1e}"
         )
-    print(f"{out / names[2]}: runs it without PyTorch")
+    print(f"{out / names[2]}: runs it without PyTorch; python {names[2]} before.png after.png")
     return worst
 
 

@@ -99,6 +99,8 @@ def predict(given: dict[str, Any]) -> list[dict[str, float]]:
         threshold, source = chosen
         print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
         config = replace(config, threshold=threshold)
+    elif config.threshold is None:
+        print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
     if not config.overwrite:
         endings = (".png", ".tif", ".geojson")
         names = [f"{name}_{layer}{e}" for name, *_ in pairs for layer in LAYERS for e in endings]

@@ -3,6 +3,7 @@
 Of several processes one has a tracker and writes; all call the same methods.
 """
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from errors import UserError
 from matrices import plot_confusion, plot_transitions
 from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
 from sample_run import SAMPLE_LABEL
-from tracking import Tracker
+from tracking import Tracker, without_secrets
 from visualize import plot_predictions, save_figure
 
 PICTURE = "validation_predictions.png"
@@ -162,15 +163,20 @@ class Recorder:
         ]
         if self.is_sample:
             lines.append(f"  {SAMPLE_LABEL}: these are not LEVIR-CD results")
-        database = f"sqlite:///{store / 'mlflow.db'}"
         lines += [
             f"encoder     {self.about['weights']}",
             f"checkpoint  {self.run_dir / 'best.pt'}",
             f"picture     {self.picture}",
             f"curves      tensorboard --logdir {self.run_dir.parent}",
-            f"MLflow      mlflow ui --workers 1 --backend-store-uri {database}",
-            "            then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
         ]
+        if self.about["config"]["mlflow"] and (server := os.environ.get("MLFLOW_TRACKING_URI")):
+            lines.append(f"MLflow      {without_secrets(server)}")
+        elif self.about["config"]["mlflow"]:
+            database = f"sqlite:///{store / 'mlflow.db'}"
+            lines += [
+                f"MLflow      mlflow ui --workers 1 --backend-store-uri {database}",
+                "            http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
+            ]
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pretrained
 import sample_data
+from config import as_flags
 from pretrained import WeightsUnavailableError
 
 SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
@@ -42,7 +43,8 @@ def choose_data(data: Path, task: str = "change", num_classes: int | None = None
         for path in data.glob("*")
     ):
         return data
-    print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run makes one in {folder}")
+    verb = "takes the one" if is_sample(folder) else "makes one"
+    print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run {verb} in {folder}")
     return sample_data.make_sample_set(folder, kind=kind or "change")
 
 
@@ -62,10 +64,11 @@ def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, A
         pretrained.library_weights(backbone)
     except WeightsUnavailableError as error:
         recipe = {name: value for name, value in FROM_SCRATCH.items() if name not in given}
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in recipe.items())
         rule = "!" * 100
         print(f"{rule}\n!! NO IMAGENET WEIGHTS: {error}")
-        print(f"!! The sample run goes on FROM SCRATCH, all of it learning, with {flags}:")
+        print(
+            f"!! The sample run goes on FROM SCRATCH, all of it learning, with {as_flags(recipe)}:"
+        )
         print("!! its scores are not those of a pretrained model. On real data this is an error.")
         print(rule)
         return recipe

@@ -109,7 +109,7 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
 @pytest.mark.fault("C1")
 def test_truncated_and_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such run or checkpoint"):
         read_checkpoint(path)
     save_checkpoint(path, tiny_state())
     path.write_bytes(path.read_bytes()[:-700])

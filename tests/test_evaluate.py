@@ -251,7 +251,7 @@ def test_means_of_runs_leave_words_out() -> None:
         ({"protocols": "patches,tiles"}, "--protocols patches,tiles: give some of"),
         ({"protocols": "whole,whole"}, "--protocols whole,whole"),
         ({"overlap": 512}, "--overlap 512: give less than --window 512"),
-        ({"checkpoints": ("/nowhere.pt",)}, "/nowhere.pt: no such checkpoint"),
+        ({"checkpoints": ("/nowhere.pt",)}, "/nowhere.pt: no such run or checkpoint"),
         ({"data_dir": "/nowhere"}, "no such folder"),
     ],
 )

@@ -19,6 +19,7 @@ import main
 import pretrained
 import sample_data
 from checkpoint import load_model, read_checkpoint
+from config import parse
 from dataset import open_dataset
 from encoders import ENCODERS
 from errors import DivergedError, Interrupted, UserError
@@ -447,6 +448,10 @@ def test_the_sample_run_goes_on_from_scratch_and_says_so(
     train(given)
     said = capsys.readouterr().out
     assert "NO IMAGENET WEIGHTS" in said and "FROM SCRATCH" in said
+    flags = said.partition(", with ")[2].partition(":\n")[0]
+    expected = {key: value for key, value in FROM_SCRATCH.items() if key != "crop_size"}
+    assert parse(main.Config, flags.split()) == expected
+    assert "mlflow ui" not in said
     assert "these are not LEVIR-CD results" in said
     state = read_checkpoint(tmp_path / "runs" / "s" / "last.pt")
     assert state["config"]["crop_size"] == 64  # what was asked for wins over the recipe
@@ -554,7 +559,7 @@ def test_diverging_keeps_the_last_good_checkpoint(tree: Path, tmp_path: Path) ->
         ("--crop-size 33", "--crop-size 33: give a multiple of 32"),
         ("--lr nan", "--lr nan"),
         ("--data-dir /nowhere/at/all", "no such folder; expected DIR/train/A"),
-        ("--resume /nowhere/last.pt", "no such checkpoint"),
+        ("--resume /nowhere/last.pt", "no such run or checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         find_checkpoint("auto", tmp_path / "runs", None)
     with pytest.raises(UserError, match=r"no last\.pt"):
         find_checkpoint(str(tmp_path), tmp_path, None)
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such run or checkpoint"):
         find_checkpoint(str(tmp_path / "x.pt"), tmp_path, None)
 
 

@@ -49,7 +49,9 @@ def synchronize(model: nn.Module) -> None:
 @torch.no_grad()
 def whole_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and biased variance (C,) and the number () of values, over all processes."""
-    variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(
+        x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0
+    )
     count = mean.new_tensor([x.numel() // len(mean)])
     parts = mean.new_zeros(world_size(), 2 * len(mean) + 1)  # a row of each process
     parts[rank()] = torch.cat([mean, variance, count])

@@ -163,6 +163,8 @@ def run(script: Callable[[], object]) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return run_script(script)
     store, number, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    # what an earlier attempt left there, such as addresses, is not for this one
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.set_num_threads(_threads())
     dist.init_process_group(

@@ -105,6 +105,7 @@ def evaluate(given: dict[str, Any]) -> Report:
 
     evaluated = []
     for path, state in checkpoints.items():
+        check_classes(state["data"], data.names, path)
         predictor = Predictor(
             restore_model(state, path).to(device).eval(),
             amp=amp,
@@ -190,6 +191,7 @@ class Data:
     folder: str
     fingerprint: str
     names: tuple[str, ...]
+    chosen: str | None  # --data-dir of the training that it was opened for
     split: Source
     val: Source
 
@@ -228,9 +230,23 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         layout.root.name,
         checked.fingerprint,
         checked.coding.names,
+        chosen=state["config"].get("data_dir"),
         split=val if config.split == "val" else source(config.split),
         val=val,
     )
+
+
+def check_classes(saved: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
+    """Raise UserError if the classes of the data are not those that a checkpoint has learned.
+
+    Of two classes the second is the change, whatever it is called.
+    """
+    learned = list(saved.get("class_names") or names)
+    if len(names) > 2 and learned != list(names):
+        raise UserError(
+            f"{path}: it has learned the classes {', '.join(learned)}, but the data has "
+            f"{', '.join(names)}; give the data the classes.json of the training"
+        )
 
 
 def evaluate_checkpoint(
@@ -254,7 +270,8 @@ def evaluate_checkpoint(
         for protocol in protocols
     }
     # a folder that has got another split since is still the one of the training
-    knows_data = config.data_dir is None or state["data"].get("fingerprint") == data.fingerprint
+    is_own = config.data_dir is None and state["config"].get("data_dir") == data.chosen
+    knows_data = is_own or state["data"].get("fingerprint") == data.fingerprint
     report: Report = {
         "checkpoint": str(path),
         "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),

@@ -112,6 +112,7 @@ from hardware import (
     pick_device,
     pick_precision,
 )
+from image_io import MaskCoding
 from layouts import Layout, find_pairs
 from losses import balanced_weights, build_loss, check_loss
 from metrics import Confusion, build_confusion
@@ -178,6 +179,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     if last and state:
         if state["data"]["fingerprint"] != data.checked.fingerprint:
             raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
+        check_classes(state["data"], data.checked.coding, last)
         restore(learner.parts(), state, last)
         best = {**best, **state["best"]}
         if progress.epoch >= config.epochs:
@@ -343,6 +345,18 @@ def choose_options(given: dict[str, Any]) -> tuple[Config, Path | None, dict[str
         check_source(config.weights)
         check_name(config.name)
     return config, last, state
+
+
+def check_classes(saved: dict[str, Any], coding: MaskCoding, last: Path) -> None:
+    """Raise UserError if classes are no longer what a run has learned."""
+    learned = (list(saved.get("class_names") or coding.names), list(saved["mask_values"]))
+    now = (list(coding.names), list(coding.values))
+    if learned != now:
+        before, after = (
+            ", ".join(f"{name} {value}" for name, value in zip(*classes, strict=False))
+            for classes in (learned, now)
+        )
+        raise UserError(f"{last}: its classes were {before}; now they are {after} (classes.json)")
 
 
 def open_run(config: Config, last: Path | None) -> Path:

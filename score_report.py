@@ -177,7 +177,10 @@ def _combined(values: Sequence[Any], how: Callable[[Sequence[float]], float]) ->
         parts = {key: _combined([value[key] for value in values], how) for key in first}
         return {key: part for key, part in parts.items() if part is not None and part != {}}
     is_number = isinstance(first, int | float) and not isinstance(first, bool)
-    return how([float(value) for value in values]) if is_number else None
+    if not is_number:
+        return None
+    is_whole = all(math.isfinite(value) for value in values)  # `stdev` raises for NaN
+    return how([float(value) for value in values]) if is_whole else math.nan
 
 
 def _finite(value: Any) -> Any:

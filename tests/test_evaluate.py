@@ -1,10 +1,12 @@
 import csv
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import evaluate
 import main
 import protocols
 import sample_data
+import score_report
 from checkpoint import read_checkpoint, save_checkpoint
 from corruptions import CORRUPTIONS
 from errors import UserError
@@ -286,3 +289,24 @@ def test_the_command_line(trained: Path) -> None:
     assert done.returncode == 2 and "checkpoints" in done.stderr
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--robustness" in done.stdout
+
+
+def test_classes_that_changed_places_are_refused(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "mci", size=(40, 40), train=2, val=2, test=2)
+    train({**TRAINING, "data_dir": str(tree), "name": "c", "num_classes": 3, "epochs": 1})
+    (tree / "classes.json").write_text('{"no change": 0, "building": 255, "road": 128}')
+    with pytest.raises(UserError, match="has learned .* road, building, but .* building, road;"):
+        evaluated(tmp_path / "runs" / "c", split="val", protocols="patches")
+
+
+def test_runs_of_other_data_are_told_apart_one_by_one(trained: Path, tmp_path: Path) -> None:
+    other = save_tree(tmp_path / "other", size=(40, 40), train=3, val=2, test=2)
+    train({**TRAINING, "data_dir": str(other), "name": "o", "epochs": 1})
+    report = evaluated(trained, tmp_path / "runs" / "o", split="val", protocols="patches")
+    assert [run["trained_on_this_data"] for run in report["runs"]] == [True, False]
+
+
+def test_a_score_without_a_value_does_not_end_a_comparison() -> None:
+    nan = float("nan")
+    combined = score_report._combined([{"a": nan, "b": 1.0}, {"a": nan, "b": 3.0}], stdev)
+    assert math.isnan(combined["a"]) and combined["b"] == pytest.approx(2**0.5)

@@ -622,3 +622,20 @@ def test_a_real_signal_saves_and_says_how_to_go_on(
     state = read_checkpoint(tmp_path / "runs" / "a" / "last.pt")
     assert state["progress"]["epoch"] >= 2
     assert np.isfinite(state["best"]["change_iou"])
+
+
+@pytest.mark.fault("R10")
+def test_classes_that_changed_places_are_refused(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "set", train=2, val=1)
+    names = tree / "classes.json"
+    names.write_text('{"none": 0, "road": 128, "building": 255}')
+    train(options(tree, epochs=1, name="a"))
+    for other in (
+        '{"none": 0, "building": 255, "road": 128}',
+        '{"none": 0, "building": 128, "road": 255}',
+    ):
+        names.write_text(other)
+        with pytest.raises(UserError, match="its classes were none 0, road 128, building 255"):
+            train({"resume": "auto", "epochs": 2})
+    names.write_text('{"none": 0, "road": 128, "building": 255}')
+    train({"resume": "auto", "epochs": 2})

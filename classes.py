@@ -99,6 +99,11 @@ def choose_classes(
         found = Classes(len(SECOND) - 1, task, tuple(SECOND), colors=tuple(SECOND.values()))
     else:
         found = Classes(num_classes or 1, task)
+    if task == "semantic" and found.num_classes < 2:
+        raise UserError(
+            "--task semantic: needs two classes beside the unchanged one; where there is one, "
+            "--task change finds its change"
+        )
     if mask_values is not None:
         return replace(found, values=tuple(mask_values), colors=None)
     return found

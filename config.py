@@ -13,15 +13,17 @@ torch, so that `--help` answers at once.
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 import reprlib
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from errors import UserError
+from errors import UserError, visible
 
 ConfigT = TypeVar("ConfigT")
 REQUIRED: Any = dataclasses.MISSING  # as the default of a positional that must be given
@@ -94,7 +96,7 @@ def parse(
         The given fields alone: `config_class(**given)` fills in the defaults, and a resumed run
         lays them over its saved config.
     """
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **about)
+    parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, **about)
     for field, kind in _fields(config_class):
         _add(parser, field, kind)
     for name, text in (switches or {}).items():
@@ -109,6 +111,19 @@ def parse(
     except UserError as error:
         parser.error(str(error))
     return given
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends in one line, as all our errors do, and guesses which flag was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            message = f"{unknown[1]} is no option"
+            known = [flag for action in self._actions for flag in action.option_strings]
+            if near := difflib.get_close_matches(unknown[1], known, n=1):
+                message += f"; did you mean {near[0]}?"
+        self.exit(2, visible(f"error: {message}; see python {self.prog} --help\n"))
 
 
 def validate(config: Any) -> None:

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from image_io import IGNORE
-from metrics import Confusion, ScoreHistogram, change_probability, predict_classes
+from metrics import (
+    Confusion,
+    ScoreHistogram,
+    change_probability,
+    check_logits,
+    predict_classes,
+)
 from objects import ObjectCounts, count_objects
 
 NUM_BINS = 256  # of the change probability, and so of the thresholds to choose from
@@ -60,7 +66,12 @@ class Prediction:
 
     @classmethod
     def of_logits(cls, logits: Tensor, task: str) -> "Prediction":
-        """Sum up a batch of logits (B, C, H, W); every array has B in front."""
+        """Sum up a batch of logits (B, C, H, W); every array has B in front.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        check_logits(logits)
         probability = change_probability(logits, task=task)
         steps = (probability * STEPS).ceil().clamp(min=1) - 1
         if task == "change" and logits.shape[1] > 1:

@@ -6,6 +6,7 @@ updates looked for.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -233,6 +234,9 @@ def evaluate(
         loader: yields batches.
         confusion: is emptied, then filled; its device is the model's.
         precision: of the forward pass.
+
+    Raises:
+        DivergedError: the loss is not finite.
     """
     model.eval()
     confusion.reset()
@@ -251,4 +255,9 @@ def evaluate(
         histogram.update(logits, target, task=confusion.task)
     all_reduce_(loss_sum, num_patches, confusion.counts, histogram.counts)
     mean_loss = loss_sum.item() / max(int(num_patches), 1)
+    if not math.isfinite(mean_loss):
+        raise DivergedError(
+            f"the mean loss over the validation split is {mean_loss}, though that of training was "
+            "finite; the last checkpoint is kept. Try a lower --lr, or --amp off"
+        )
     return {"loss": mean_loss, **confusion.scores()}, histogram

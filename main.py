@@ -7,8 +7,8 @@ processes share each batch: `torchrun --standalone --nproc-per-node 2 main.py`.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import config as cli
 from config import option
 
 ROOT = Path(__file__).resolve().parent
-PATCH_SIZE = 256  # of the validation grid, as the literature has it
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, switches=SWITCHES, description=__doc__)
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
 from catalogue import catalogue
 from checkpoint import restore, versions
-from classes import Classes, choose_classes
-from data_check import DataSummary, check
-from dataset import ChangeDataset, PairLoader, make_loader
+from classes import choose_classes
 from distributed import (
     agree,
     from_rank_0,
@@ -94,7 +87,6 @@ from distributed import (
     is_restarted,
     launch_id,
     local_rank,
-    local_world_size,
     parallel,
     rank,
     run,
@@ -102,10 +94,9 @@ from distributed import (
 )
 from download import fetch_dataset
 from encoders import TIMM
-from engine import Precision, Progress, check_finite, evaluate, train_one_epoch
+from engine import Precision, Progress, check_finite, evaluate
 from errors import DataFault, Interrupted, StopRequest, UserError
 from hardware import (
-    default_workers,
     describe,
     explain_out_of_memory,
     keep_freed_memory,
@@ -113,16 +104,17 @@ from hardware import (
     pick_precision,
 )
 from image_io import MaskCoding
-from layouts import Layout, find_pairs
-from losses import balanced_weights, build_loss, check_loss
-from metrics import Confusion, build_confusion
-from model import SiameseUNet, build_model, check_names, count_parameters
+from layouts import find_pairs
+from learner import Learner, learn_epoch
+from losses import build_loss, check_loss
+from model import build_model, check_names, count_parameters
 from optimizer import build_optimizer, warmup_cosine
 from pretrained import check_source, load_weights
 from recorder import PICTURE, Recorder, SaveEvery
 from run_folder import (
     OPTIONS,
     check_name,
+    claimed,
     find_checkpoint,
     find_launch,
     new_run_folder,
@@ -130,10 +122,9 @@ from run_folder import (
     write_json,
 )
 from sample_run import choose_data, is_sample, recipe_without_weights
-from sources import open_source
+from splits import Data, open_data
 from sync_batch_norm import synchronize
 from tracking import Tracker
-from transforms import Augment
 
 
 def train(given: dict[str, Any]) -> dict[str, float]:
@@ -169,7 +160,18 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     )
     config = replace(config, num_classes=classes.num_classes)
     with in_turn():
-        data = open_data(config, layout, classes, device)
+        data = open_data(
+            layout,
+            classes,
+            cache=config.cache,
+            cache_dir=ROOT / "data" / "cache",
+            crop_size=config.crop_size,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            workers=config.workers,
+            seed=config.seed,
+            device=device,
+        )
     learner = build(config, state, device, amp, data)
     progress = learner.progress
     confusion = data.confusion(device)
@@ -178,105 +180,130 @@ def train(given: dict[str, Any]) -> dict[str, float]:
     # ---- the run's folder, or the point where it stopped
     if last and state:
         if state["data"]["fingerprint"] != data.checked.fingerprint:
-            raise UserError(f"{last}: was trained on other data than {layout.root}; --data-dir")
+            raise UserError(
+                f"{last}: was trained on other images or labels than {layout.root} holds now; give "
+                "their folder by --data-dir, or begin a new run without --resume"
+            )
         check_classes(state["data"], data.checked.coding, last)
         restore(learner.parts(), state, last)
         best = {**best, **state["best"]}
         if progress.epoch >= config.epochs:
             raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
-    options = cli.as_dict(config)
-    run_dir = from_rank_0(lambda: open_run(config, last))
-    learning, total = count_parameters(learner.model)
-    print(
-        f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
-        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
-        f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
-        f"{data.train.num_workers} workers"
-        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
-        f"run     {run_dir}",
-        flush=True,
-    )
-    set_name = "synthetic sample" if on_sample else layout.root.name
-    recorder = Recorder(
-        run_dir,
-        Tracker(
-            run_dir,
-            config=options,
-            tags={"dataset": set_name, "weights": learner.weights},
-            store=ROOT,
-            use_mlflow=config.mlflow,
-            first_step=progress.epoch + 1 if last else 0,
-            mlflow_run_id=state.get("mlflow_run_id") if state else None,
+    with open_run(config, last) as run_dir:
+        learning, total = count_parameters(learner.model)
+        print(
+            f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
+            f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
+            f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
+            f"{data.train.num_workers} workers"
+            f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
+            f"run     {run_dir}",
+            flush=True,
         )
-        if rank() == 0
-        else None,
-        about={
+        set_name = "synthetic sample" if on_sample else layout.root.name
+        options = cli.as_dict(config)
+        tracker = None
+        if rank() == 0:
+            tracker = Tracker(
+                run_dir,
+                config=options,
+                tags={"dataset": set_name, "weights": learner.weights},
+                store=ROOT,
+                use_mlflow=config.mlflow,
+                first_step=progress.epoch + 1 if last else 0,
+                mlflow_run_id=state.get("mlflow_run_id") if state else None,
+            )
+        about = {
             "model_kwargs": learner.model_kwargs,
             "config": options,
             "weights": learner.weights,
-            "data": {
-                "fingerprint": data.checked.fingerprint,
-                "mask_values": list(data.checked.coding.values),
-                "class_names": list(data.checked.coding.names),
-                "class_colors": [list(color) for color in data.checked.coding.colors or ()],
-            },
-        },
-        val_set=data.val.dataset,
-        picture=ROOT / "images" / PICTURE,
-        is_sample=on_sample,
-    )
+            "data": data.about(),
+        }
+        recorder = Recorder(
+            run_dir,
+            tracker,
+            about=about,
+            val_set=data.val.dataset,
+            picture=ROOT / "images" / PICTURE,
+            is_sample=on_sample,
+        )
+        with StopRequest(is_silent=rank() > 0) as stop, recorder:
+            recorder.log_datasets(
+                set_name,
+                digest=data.checked.fingerprint,
+                source=str(layout.root),
+                num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
+            )
+            if not state:  # from here on there is always a checkpoint, and room for the next
+                recorder.save("last.pt", learner.parts(), best)
+            best = fit(config, learner, data, recorder, best, stop)
+            recorder.finish(device, best, config.epochs)
+        print(recorder.summary(best, store=ROOT))
+    return best
 
+
+def fit(
+    config: Config,
+    learner: Learner,
+    data: Data,
+    recorder: Recorder,
+    best: dict[str, Any],
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Train the epochs that are left, saving what a run needs to go on.
+
+    Returns:
+        The epoch and scores of the best epoch, which is in best.pt.
+
+    Raises:
+        UserError: a file of the data went or changed, after saving.
+        Interrupted: by a signal, after saving.
+    """
+    progress = learner.progress
+    confusion = data.confusion(progress.device)
     save_every = SaveEvery(config.save_every)
+    resume = f"go on with: python main.py --resume '{recorder.run_dir}'"
+
+    def save() -> Path:
+        check_finite(progress)
+        return recorder.save("last.pt", learner.parts(), best)
 
     def save_in_time(*, is_time: bool) -> None:
         """Save if it is time to, or if a signal asks to leave; all processes together."""
         signal_number, is_time_for_one = agree(stop.signal_number, is_time)
         if not signal_number and not is_time_for_one:
             return
-        check_finite(progress)
-        path = recorder.save("last.pt", learner.parts(), best)
+        path = save()
         save_every.restart()
         if signal_number:
-            resume = f"go on with: python main.py --resume '{run_dir}'"
             raise Interrupted(f"saved {path}\n{resume}", signal_number)
-
-    def after_update() -> None:
-        save_in_time(is_time=save_every.after_update())
 
     @contextmanager
     def saved_if_data_fails() -> Iterator[None]:
         try:
             yield
         except DataFault as fault:
-            # after the last epoch only pictures were still to be drawn; of several processes the
-            # others are in the middle of a step
-            if progress.epoch == config.epochs or world_size() > 1:
+            if world_size() > 1:  # the others are in the middle of a step
                 raise
-            check_finite(progress)
-            path = recorder.save("last.pt", learner.parts(), best)
-            again = f"saved {path}, go on with: python main.py --resume '{run_dir}'"
-            raise UserError(f"{fault}; {again}") from None
+            raise UserError(f"{fault}; saved {save()}, {resume}") from None
 
-    # ---- train
     with (
-        StopRequest(is_silent=rank() > 0) as stop,
-        recorder,
         saved_if_data_fails(),
         closing(data.train),
         closing(data.val),
         explain_out_of_memory(config.batch_size, config.crop_size),
     ):
-        recorder.log_datasets(
-            set_name,
-            digest=data.checked.fingerprint,
-            source=str(layout.root),
-            num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
-        )
-        if not state:  # from here on there is always a checkpoint, and room for the next
-            recorder.save("last.pt", learner.parts(), best)
         while progress.epoch < config.epochs:
             epoch = progress.epoch + 1
-            on_train, speed, waiting = learn_epoch(config, learner, data.train, after_update)
+            on_train, speed, waiting = learn_epoch(
+                learner,
+                data.train,
+                title=f"epoch {epoch}/{config.epochs}",
+                batch_size=config.batch_size,
+                accumulate=config.accumulate,
+                clip_norm=config.clip_grad,
+                after_update=lambda: save_in_time(is_time=save_every.after_update()),
+            )
             on_val, histogram = evaluate(
                 learner.model,
                 learner.criterion,
@@ -312,8 +339,6 @@ def train(given: dict[str, Any]) -> dict[str, float]:
                 recorder.draw_matrix(confusion, epoch)
                 recorder.save("best.pt", {"model": learner.model}, best)
             save_in_time(is_time=True)
-        recorder.finish(device, best, config.epochs)
-    print(recorder.summary(best, store=ROOT))
     return best
 
 
@@ -359,100 +384,22 @@ def check_classes(saved: dict[str, Any], coding: MaskCoding, last: Path) -> None
         raise UserError(f"{last}: its classes were {before}; now they are {after} (classes.json)")
 
 
-def open_run(config: Config, last: Path | None) -> Path:
-    """Return the folder of a run, made if it is new, in which config.json says how it goes on."""
+@contextmanager
+def open_run(config: Config, last: Path | None) -> Iterator[Path]:
+    """Give the folder of a run, made if it is new, in which config.json says how it goes on."""
     options = {**cli.as_dict(config), "versions": versions(), "launch": launch_id()}
-    if last:
-        write_json(last.parent / OPTIONS, options)
-        return last.parent
     name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
-    return new_run_folder(Path(config.output_dir or ROOT / "runs"), name, options)
+    with ExitStack() as held:
 
+        def begin() -> Path:
+            runs = Path(config.output_dir or ROOT / "runs")
+            folder = last.parent if last else new_run_folder(runs, name, options)
+            held.enter_context(claimed(folder))
+            if last:
+                write_json(folder / OPTIONS, options)
+            return folder
 
-@dataclass(frozen=True)
-class Data:
-    """The dataset as a run uses it."""
-
-    checked: DataSummary
-    classes: Classes
-    train: PairLoader
-    val: PairLoader
-
-    def confusion(self, device: torch.device) -> Confusion:
-        """Return an empty confusion matrix of the classes."""
-        names = self.checked.coding.names
-        return build_confusion(self.classes.task, self.classes.num_classes, device, names)
-
-    def balanced_weights(self) -> list[float]:
-        """Return the weights of the classes that cross-entropies look at, rare ones higher."""
-        pixels = self.checked.splits["train"].class_pixels
-        return balanced_weights(pixels[1:] if self.classes.task == "semantic" else pixels)
-
-
-def open_data(config: Config, layout: Layout, classes: Classes, device: torch.device) -> Data:
-    """Check every file, say what there is, and open the training and the validation split.
-
-    Raises:
-        UserError: a fault in the data, all of them named.
-    """
-    cache_dir = ROOT / "data" / "cache"
-    checked = check(
-        layout,
-        classes,
-        crop_size=PATCH_SIZE,
-        memo=cache_dir / "checked.json",
-    )
-    print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
-    for warning in checked.warnings:
-        print(f"warning: {warning}")
-
-    def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
-        pairs = layout.splits[split]
-        source = open_source(pairs, checked.coding, cache=config.cache, folder=cache_dir)
-        return make_loader(
-            ChangeDataset(source, crop_size=crop_size, augment=augment, seed=config.seed),
-            config.batch_size,
-            shuffle=augment is not None,
-            seed=config.seed,
-            num_workers=default_workers(local_world_size())
-            if config.workers is None
-            else config.workers,
-            group=config.accumulate if augment else 1,
-            device=device,
-        )
-
-    train_loader = loader("train", config.crop_size, Augment())
-    in_batch = min(config.batch_size, len(train_loader.dataset))
-    if in_batch < world_size():
-        raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
-    if in_batch == 1 and config.crop_size == 32:
-        raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
-    return Data(checked, classes, train_loader, loader("val", PATCH_SIZE, None))
-
-
-@dataclass(frozen=True)
-class Learner:
-    """The model and all that changes it; `in_training` is what to call then."""
-
-    model: SiameseUNet
-    in_training: nn.Module
-    model_kwargs: dict[str, Any]
-    weights: str  # that the encoder began with, in words
-    criterion: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    precision: Precision
-    progress: Progress
-
-    def parts(self) -> dict[str, Any]:
-        """Return what a run needs to go on, by the names in a checkpoint."""
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self.precision.scaler,
-            "progress": self.progress,
-        }
+        yield from_rank_0(begin)
 
 
 def build(
@@ -511,52 +458,6 @@ def build(
         precision=Precision.named(amp, device),
         progress=Progress(data.confusion(device)),
     )
-
-
-def learn_epoch(
-    config: Config, learner: Learner, loader: PairLoader, after_update: Callable[[], None]
-) -> tuple[dict[str, float], float, float]:
-    """Train on what is left of an epoch, under a progress bar.
-
-    Returns:
-        Loss and scores, pairs per second, and the share of the time that went waiting for data.
-    """
-    progress, num_batches = learner.progress, len(loader)
-    start, waited = time.perf_counter(), loader.waited
-    in_batch = min(config.batch_size, len(loader.dataset))
-    num_pairs = (num_batches - progress.batch) * in_batch
-    sampler: Any = loader.batch_sampler
-    sampler.set_epoch(progress.epoch, first_batch=progress.batch)
-    with tqdm(
-        total=num_batches,
-        initial=progress.batch,
-        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
-        unit="batch",
-        leave=False,
-        disable=True if rank() else None,  # where nobody watches
-    ) as bar:
-
-        def look(progress: Progress) -> None:
-            if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
-                bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
-            after_update()
-
-        scores = train_one_epoch(
-            learner.in_training,
-            learner.criterion,
-            loader,
-            learner.optimizer,
-            learner.scheduler,
-            progress,
-            precision=learner.precision,
-            num_batches=num_batches,
-            batch_size=in_batch,
-            accumulate=config.accumulate,
-            clip_norm=config.clip_grad,
-            after_update=look,
-        )
-    seconds = time.perf_counter() - start
-    return scores, num_pairs / seconds, (loader.waited - waited) / seconds
 
 
 if __name__ == "__main__":

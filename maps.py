@@ -27,7 +27,7 @@ from torch import Tensor
 
 from errors import UserError
 from image_io import IGNORE
-from metrics import change_probability, predict_classes
+from metrics import change_probability, check_logits, predict_classes
 from polygons import write_polygons
 from raster import Bools, Bytes, Grid, Scene
 from visualize import PALETTE
@@ -287,7 +287,11 @@ class SceneMaps:
 
         Returns:
             How many of its pixels have data, and how many of those show change.
+
+        Raises:
+            UserError: the logits are not finite.
         """
+        check_logits(logits)
         task = self.kinds.task
         _, after, valid = self.scene.read(top, top + logits.shape[1])
         chance = change_probability(logits[None], task=task)[0].cpu().numpy()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from errors import UserError
 from image_io import IGNORE
 
 
@@ -48,6 +49,14 @@ def change_probability(logits: Tensor, *, task: str = "change") -> Tensor:
     if task == "semantic" or logits.shape[1] == 1:
         return logits[:, 0].float().sigmoid()
     return 1 - logits.float().softmax(1)[:, 0]
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise UserError if a model computes what is no number; the device is waited for."""
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the model's output is not finite; its weights are broken, or --amp off may help"
+        )
 
 
 class Confusion:
@@ -271,7 +280,8 @@ class ScoreHistogram:
         if task == "semantic":
             target = target[:, 0]
         probability = change_probability(logits, task=task)
-        bins = (probability * self.num_bins).long().clamp(max=self.num_bins - 1)
+        # what is not a number counts as unchanged, as it is not above a threshold
+        bins = (probability.nan_to_num() * self.num_bins).long().clamp(max=self.num_bins - 1)
         valid = target != IGNORE
         slot = (target[valid] > 0) * self.num_bins + bins[valid]
         self.counts += torch.bincount(slot, minlength=2 * self.num_bins).view(2, -1)

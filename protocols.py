@@ -24,8 +24,8 @@ from errors import UserError
 from inference import OVERLAP, WINDOW, predict_logits
 from model import SiameseUNet
 from sources import Source
+from splits import PATCH_SIZE
 
-PATCH_SIZE = 256  # as main.py validates with, and the literature scores
 Predicted = tuple[Prediction, Bytes]
 PROTOCOLS = ("patches", "whole", "sliding")
 

@@ -2,6 +2,7 @@
 
     config.json    the options      metrics.csv    one row per epoch
     best.pt, last.pt, last.previous.pt      pictures      TensorBoard's event files
+    .lock          held by the process that writes here
 
 Every path inside is relative, so the folder can be moved or copied to another machine. Every file
 is written beside and moved into place: a process may be killed at any moment.
@@ -11,15 +12,17 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from checkpoint import previous_of, read_checkpoint
 from errors import UserError
+from file_lock import locked
 
 OPTIONS = "config.json"
+PATIENCE = 15  # seconds: a killed process holds its lock until its workers have noticed
 
 
 def new_run_folder(output_dir: Path, name: str, options: Mapping[str, Any]) -> Path:
@@ -48,6 +51,27 @@ def new_run_folder(output_dir: Path, name: str, options: Mapping[str, Any]) -> P
     raise AssertionError("unreachable")
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process that writes to a run, and sweep up what a killed one left.
+
+    Raises:
+        UserError: another one is still at it, or nothing can be written there.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / ".lock", PATIENCE))
+        except TimeoutError:
+            raise UserError(
+                f"{folder}: this run is still running; wait for it, or stop it and resume"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        yield
+
+
 def check_name(name: str | None) -> None:
     """Raise UserError for a name that would leave the folder of the runs."""
     if name is not None and (Path(name).name != name or name in (".", "..")):
@@ -67,7 +91,7 @@ def find_launch(launch: str | None, output_dir: Path) -> Path | None:
 def find_checkpoint(
     resume: str, output_dir: Path, name: str | None
 ) -> tuple[Path, dict[str, Any] | None]:
-    """Find and read the checkpoint to go on from, and sweep up what a killed process left.
+    """Find and read the checkpoint to go on from.
 
     Args:
         resume: "auto" for the newest run (or the one called `name`), or the path of a checkpoint
@@ -96,8 +120,6 @@ def find_checkpoint(
         return path / "last.pt", None
     if not candidates:
         raise UserError(f"--resume {resume}: no last.pt in this folder")
-    for unfinished in candidates[0].parent.glob("*.tmp"):
-        unfinished.unlink(missing_ok=True)
     faults = []
     for candidate in candidates:
         try:

@@ -233,10 +233,7 @@ def _cache_file(files: FileSource, folder: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    identity = [
-        (str(pair.label.resolve()), *map(str, (pair.before, pair.after, *pair.labels[1:])))
-        for pair in files.pairs
-    ]
+    identity = [str(path.resolve()) for pair in files.pairs for path in pair.files]
     name = _hash((identity, files.coding.values, files.coding.colors, files.sizes))
     path = folder / f"{name}-{_hash((files.stamps, files.sizes))}.pixels"
     size = _offsets(files)[-1]

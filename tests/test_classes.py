@@ -31,6 +31,8 @@ def test_semantic_is_second_unless_said_otherwise(tmp_path: Path) -> None:
     other = choose_classes(tmp_path, task="semantic", num_classes=4)
     assert (other.num_labels, other.colors) == (5, None)
     assert other.names_for(tuple(range(5)))[:2] == ("unchanged", "class 1")
+    with pytest.raises(UserError, match="two classes beside the unchanged"):
+        choose_classes(tmp_path, task="semantic", num_classes=1)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_semantic_is_second_unless_said_otherwise(tmp_path: Path) -> None:
     [
         ({"no": 0, "yes": 255}, "change", 1),
         (LEVIR_MCI, "change", 3),
-        ({"unchanged": [255, 255, 255], "water": [0, 0, 255]}, "semantic", 1),
+        ({"unchanged": [255, 255, 255], "water": [0, 0, 255], "tree": [0, 1, 0]}, "semantic", 2),
     ],
 )
 def test_a_file_names_them_all(content: dict, task: str, num_classes: int, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from counts import (
     dice_per_image,
     histogram_of,
 )
+from errors import UserError
 from image_io import IGNORE
 from metrics import Confusion, ScoreHistogram, build_confusion, predict_classes
 
@@ -56,6 +57,11 @@ def count(
         ],
         empty,
     )
+
+
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(UserError, match="not finite"):
+        Prediction.of_logits(torch.full((1, 1, 4, 4), float("nan")), "change")
 
 
 def as_batch(target: Tensor, task: str) -> Tensor:

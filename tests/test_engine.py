@@ -218,3 +218,13 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_learns_nothing() -> No
     assert histogram.counts.sum() == 12 * 16 * 16
     assert torch.equal(run.weights(), kept)
     assert not run.model.training
+
+
+def test_a_model_that_diverged_in_validation_is_said() -> None:
+    run, loader = Run(), batches(1, size=2)
+    for parameter in run.model.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="validation split is nan"):
+        evaluate(
+            run.model, CombinedIoULoss(), loader, confusion=Confusion(1), precision=run.precision
+        )

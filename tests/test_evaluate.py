@@ -20,6 +20,7 @@ import main
 import protocols
 import sample_data
 import score_report
+import splits
 from checkpoint import read_checkpoint, save_checkpoint
 from corruptions import CORRUPTIONS
 from errors import UserError
@@ -43,8 +44,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
     for script in (main, evaluate):
         patch.setattr(script, "ROOT", folder)
-        patch.setattr(script, "PATCH_SIZE", 32)
-    patch.setattr(protocols, "PATCH_SIZE", 32)
+    for module in (splits, evaluate, protocols):
+        patch.setattr(module, "PATCH_SIZE", 32)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from fault_matrix import ROWS, covered_by
 from PIL import Image
 
 import main
+import splits
 from checkpoint import read_checkpoint
 from errors import UserError, run_script
 from main import train
@@ -56,7 +57,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "ROOT", tmp_path)
-    monkeypatch.setattr(main, "PATCH_SIZE", 32)
+    monkeypatch.setattr(splits, "PATCH_SIZE", 32)
 
 
 @pytest.fixture
@@ -159,8 +160,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import main
+import splits
 from errors import run_script
-main.ROOT, main.PATCH_SIZE = Path(sys.argv[1]), 32
+main.ROOT, splits.PATCH_SIZE = Path(sys.argv[1]), 32
 sys.exit(run_script(lambda: main.train({})))
 """
 

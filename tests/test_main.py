@@ -18,6 +18,7 @@ from PIL import Image
 import main
 import pretrained
 import sample_data
+import splits
 from checkpoint import load_model, read_checkpoint
 from config import parse
 from dataset import open_dataset
@@ -47,7 +48,7 @@ SMALL = {
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a run writes beside main.py (data/, runs/, images/) inside the test's folder."""
     monkeypatch.setattr(main, "ROOT", tmp_path)
-    monkeypatch.setattr(main, "PATCH_SIZE", 32)
+    monkeypatch.setattr(splits, "PATCH_SIZE", 32)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_run_leaves_everything_it_promises(tree: Path, tmp_path: Path) -> None
     run = tmp_path / "runs" / "a"
     assert {p.name for p in run.iterdir() if "tfevents" not in p.name} == {
         "config.json", "metrics.csv", "best.pt", "last.pt", "last.previous.pt",
-        "validation_predictions.png",
+        "validation_predictions.png", ".lock",
     }  # fmt: skip
     assert list(run.glob("*tfevents*"))
     saved = json.loads((run / "config.json").read_text())
@@ -218,7 +219,7 @@ def test_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"keeps its options; {says}"):
             train({"resume": "auto", "epochs": 2, option: value})
     other = save_tree(tmp_path / "other", train=7, val=2)
-    with pytest.raises(UserError, match="was trained on other data"):
+    with pytest.raises(UserError, match="was trained on other images"):
         train({"resume": "auto", "epochs": 2, "data_dir": str(other)})
 
 
@@ -294,7 +295,7 @@ def test_out_of_memory_says_what_to_try(
     def no_room(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("main.train_one_epoch", no_room)
+    monkeypatch.setattr("learner.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
         train(options(tree))
 

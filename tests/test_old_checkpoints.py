@@ -17,6 +17,7 @@ import torch
 from data_helpers import save_tree
 
 import main
+import splits
 from checkpoint import FORMAT, load_model, read_checkpoint
 from main import train
 
@@ -67,7 +68,7 @@ def test_a_run_of_an_older_version_goes_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main, "ROOT", tmp_path)
-    monkeypatch.setattr(main, "PATCH_SIZE", 32)
+    monkeypatch.setattr(splits, "PATCH_SIZE", 32)
     save_tree(tmp_path / "levir", train=4, val=2)
     state = from_json(json.loads((FIXTURES / f"format_{number}.json").read_text("utf-8")))
     run = tmp_path / "runs" / "old"
@@ -86,7 +87,7 @@ def test_a_run_of_an_older_version_goes_on(
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        main.ROOT, main.PATCH_SIZE = Path(folder), 32
+        main.ROOT, splits.PATCH_SIZE = Path(folder), 32
         save_tree(Path("levir"), train=4, val=2)
         train({**OPTIONS, **ANEW})
         saved = to_json(read_checkpoint(Path("runs/old/last.pt")))

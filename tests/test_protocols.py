@@ -5,7 +5,6 @@ import pytest
 import torch
 from data_helpers import save_pair, save_tree
 
-import main
 import protocols
 from counts import Prediction
 from dataset import open_dataset
@@ -33,10 +32,6 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
 def logits_of(model: SiameseUNet, planes: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(planes[None, :3], planes[None, 3:6])
-
-
-def test_the_patches_are_those_of_training() -> None:
-    assert protocols.PATCH_SIZE == main.PATCH_SIZE
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -7,7 +7,7 @@ import torch
 
 from checkpoint import save_checkpoint
 from errors import UserError
-from run_folder import find_checkpoint, new_run_folder, write_json
+from run_folder import claimed, find_checkpoint, new_run_folder, write_json
 
 
 def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> None:
@@ -22,6 +22,20 @@ def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> N
     }
     save_checkpoint(path, {**state, **run} if resumable else state)
     os.utime(path, (1_000_000 - age, 1_000_000 - age))
+
+
+def test_a_run_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("run_folder.PATIENCE", 0.1)
+    (tmp_path / "last.pt.1.tmp").write_text("half of a checkpoint")
+    with claimed(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))
+        unfinished = tmp_path / "last.pt.2.tmp"
+        unfinished.write_text("being written")
+        with pytest.raises(UserError, match="still running"), claimed(tmp_path):
+            pass
+        assert unfinished.exists()
+    with claimed(tmp_path):
+        assert not unfinished.exists()
 
 
 @pytest.mark.fault("R9")

@@ -132,6 +132,24 @@ def test_other_labels_or_other_pairs_have_caches_of_their_own(data: Path) -> Non
     assert len(caches(data)) == 3
 
 
+def test_the_same_labels_of_other_images_have_a_cache_of_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    for path in data.rglob("*.png"):
+        link = other / path.relative_to(data)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if "label" in path.parts:
+            link.symlink_to(path)
+        else:
+            shutil.copy2(path, link)  # of the same size and time
+    for root in (data, other):
+        monkeypatch.chdir(root)
+        pairs = find_pairs(".").splits["train"]
+        open_source(pairs, CODING, cache="disk", folder=data / "cache")
+    assert len(caches(data)) == 2
+
+
 @pytest.mark.fault("D13")
 def test_a_run_that_began_keeps_its_cache_while_files_change(data: Path) -> None:
     source, expected = opened(data), opened(data, "ram")

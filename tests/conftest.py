@@ -1,7 +1,11 @@
-"""Counts the rows of the fault matrix whose tests have passed."""
+"""One thread a test process, as many run at once; and the rows of the fault matrix that passed."""
+
+import os
 
 import pytest
 from fault_matrix import ROWS
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -114,6 +114,10 @@ def find_checkpoint(
             raise UserError(f"--resume auto: no checkpoint under {output_dir}")
         resume = str(max(found, key=_last_sign))
     path = Path(resume)
+    if not path.exists():
+        runs = sorted(filter(_checkpoints, output_dir.glob("[!.]*")), key=_last_sign)
+        known = f"; the newest are {', '.join(map(str, reversed(runs[-5:])))}" if runs else ""
+        raise UserError(f"--resume {resume}: no such run or checkpoint{known}")
     candidates = _checkpoints(path) if path.is_dir() else [path]
     if not candidates and _never_saved(path):
         print(f"{path}: was ended before its first checkpoint, so it begins again")

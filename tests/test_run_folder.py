@@ -103,6 +103,13 @@ def test_all_damaged_names_them_all(tmp_path: Path) -> None:
         find_checkpoint("auto", tmp_path, None)
 
 
+def test_a_name_that_is_not_there_brings_those_that_are(tmp_path: Path) -> None:
+    save(tmp_path / "old" / "last.pt", 1, age=100)
+    save(tmp_path / "new" / "last.pt", 2)
+    with pytest.raises(UserError, match="no such run or checkpoint; the newest are .*new, .*old"):
+        find_checkpoint(str(tmp_path / "nwe"), tmp_path, None)
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint under"):
         find_checkpoint("auto", tmp_path / "runs", None)

@@ -114,12 +114,13 @@ def scene(result: Mapping[str, Any]) -> str:
             f"{row['seconds']:.0f}",
             f"{row['megapixels_per_second']:.2f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['polygons']:,}",
         )
         for row in result["growth"]
     )
-    what = "single pixels compared" if result["backbone"] == "none" else result["backbone"]
-    text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {what}, windows of 512, overlap 128:\n\n"
-    return text + table(("pixels", "seconds", "megapixels/s", "peak memory, GB"), rows)
+    text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {result['model']}, windows of 512, overlap 128:\n\n"
+    head = ("pixels", "seconds", "megapixels/s", "peak memory, GB", "polygons")
+    return text + table(head, rows)
 
 
 SECTIONS = {

@@ -1,112 +1,115 @@
 """How fast predict.py maps a scene, and what memory it takes, as the scene grows.
 
+    python benchmarks/scene.py runs/NAME/best.pt
+    python benchmarks/scene.py runs/NAME/best.pt --sizes 2500 5000 10000 20000 --device cuda
     python benchmarks/scene.py
-    python benchmarks/scene.py --sizes 2500 5000 10000 20000 --device cuda
 
-Generated GeoTIFF pairs of SIZE x SIZE pixels, a model with random weights; each size in a process
-of its own, from reading to polygons and cloud-optimised files. `--backbone none` compares single
-pixels instead: what is left is the cost of all but the network.
+GeoTIFF pairs of SIZE x SIZE pixels, a mosaic of the synthetic sample set; each size in a process of
+its own, from reading to polygons and cloud-optimised files. Without a checkpoint single pixels are
+compared instead: what is left is the cost of all but the network.
 """
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import measure
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import save_checkpoint
+from checkpoint import read_checkpoint
 from maps import Kinds
-from model import build_model
 from predict import Config, predict, predict_pair
+from sample_data import make_pair
+
+TILE, NUM_TILES = 512, 8
 
 
-def write_scene(path: Path, size: int, seed: int) -> None:
-    """Write a GeoTIFF of coarse noise, tiled, row block by row block."""
+def write_scene(folder: Path, size: int) -> None:
+    """Write before.tif and after.tif, tiled, a row of tiles at a time."""
     import rasterio
     from rasterio.transform import from_origin
 
-    draw = np.random.default_rng(seed)
-    with rasterio.open(
-        path, "w", driver="GTiff", count=3, height=size, width=size, dtype="uint8",
-        crs="EPSG:32632", transform=from_origin(5e5, 5.2e6, 0.5, 0.5), tiled=True,
-        blockxsize=512, blockysize=512, compress="deflate", zlevel=1,
-    ) as file:  # fmt: skip
-        for top in range(0, size, 512):
-            num_rows = min(512, size - top)
-            coarse = draw.integers(0, 256, (3, 32, -(-size // 16)), dtype=np.uint8)
-            rows = coarse.repeat(16, axis=1).repeat(16, axis=2)[:, :num_rows, :size]
-            file.write(rows, window=((top, top + num_rows), (0, size)))
+    tiles = [make_pair(0, "test", i, size=TILE) for i in range(NUM_TILES)]
+    for date, name in enumerate(("before", "after")):
+        draw = np.random.default_rng(0)  # the same places for both dates
+        with rasterio.open(
+            folder / f"{name}.tif", "w", driver="GTiff", count=3, height=size, width=size,
+            dtype="uint8", crs="EPSG:32632", transform=from_origin(5e5, 5.2e6, 0.5, 0.5),
+            tiled=True, blockxsize=TILE, blockysize=TILE, compress="deflate", zlevel=1,
+        ) as file:  # fmt: skip
+            for top in range(0, size, TILE):
+                row = [tiles[draw.integers(NUM_TILES)][date] for _ in range(-(-size // TILE))]
+                rows = np.concatenate(row, axis=1)[: size - top, :size]
+                file.write(rows.transpose(2, 0, 1), window=((top, top + len(rows)), (0, size)))
 
 
 class Brighter(nn.Module):
-    """Change where the later date is much brighter; a tenth of the pixels of this noise."""
+    """Change where the later date is much brighter."""
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Return a logit (B, 1, H, W)."""
         return (after[:, :1].float() - before[:, :1].float()) / 32 - 4.5
 
 
-def run(folder: Path, device: str, backbone: str, batch_size: int) -> None:
+def run(folder: Path, checkpoint: str | None, device: str, batch_size: int) -> None:
     """Predict one scene, and print its seconds and the most bytes that were held."""
     before, after, out = folder / "before.tif", folder / "after.tif", folder / "out"
-    if backbone == "none":
+    if checkpoint is None:
         config = Config("", str(before), str(after), batch_size=batch_size)
         kinds = Kinds.of("change", 1, {})
         result = predict_pair(Brighter(), kinds, "scene", before, after, out, config=config)
     else:
-        kwargs: dict[str, Any] = {"backbone": backbone, "freeze_backbone": False}
-        torch.manual_seed(0)
-        state = {"model": build_model(**kwargs).state_dict(), "model_kwargs": kwargs}
-        save_checkpoint(folder / "model.pt", {**state, "config": {}, "data": {}})
-        given = {"checkpoint": folder / "model.pt", "before": before, "after": after}
-        given["output_dir"] = out
+        given = {"checkpoint": checkpoint, "before": before, "after": after, "output_dir": out}
         paths = {name: str(path) for name, path in given.items()}
         (result,) = predict({**paths, "device": device, "batch_size": batch_size})
-    print(result["seconds"], measure.peak_memory(torch.device("cpu")))
+    peak = measure.peak_memory(torch.device("cpu"))
+    print(result["seconds"], peak, result["changed"], result["polygons"])
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="of a trained model")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2500, 5000, 10000])
-    parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="of the pair that --only predicts")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.only:
-        run(arguments.folder, arguments.device, arguments.backbone, arguments.batch)
+        run(arguments.folder, arguments.checkpoint, arguments.device, arguments.batch)
         return
+    model, name = "single pixels compared", "scene_without_network"
+    if arguments.checkpoint:
+        kwargs = read_checkpoint(Path(arguments.checkpoint))["model_kwargs"]
+        model, name = f"{kwargs['backbone']}, {kwargs['fusion']}", "scene"
     growth = []
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            write_scene(folder / "before.tif", size, 0)
-            write_scene(folder / "after.tif", size, 1)
+            write_scene(Path(temporary), size)
             command = [sys.executable, *sys.argv, "--only", str(size), "--folder", temporary]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-        seconds, peak = done.stdout.splitlines()[-1].split()
+        seconds, peak, changed, polygons = map(float, done.stdout.splitlines()[-1].split())
         megapixels = size**2 / 1e6
         growth.append(
             {
                 "size": size,
-                "seconds": float(seconds),
-                "megapixels_per_second": megapixels / float(seconds),
+                "seconds": seconds,
+                "megapixels_per_second": megapixels / seconds,
                 "peak_bytes": int(peak),
+                "changed": changed,
+                "polygons": int(polygons),
             }
         )
         print(
-            f"{size:6} x {size:<6} {megapixels / float(seconds):6.2f} megapixels/s"
-            f"  {int(peak) / 1e9:5.2f} GB at most",
+            f"{size:6} x {size:<6} {megapixels / seconds:6.2f} megapixels/s"
+            f"  {peak / 1e9:5.2f} GB at most  {changed:.1%} changed, {polygons:,.0f} polygons",
             flush=True,
         )
-        about = {"backbone": arguments.backbone, "batch": arguments.batch, "growth": growth}
-        measure.save("scene", about, arguments)  # each time: the large ones take long
+        about = {"model": model, "batch": arguments.batch, "growth": growth}
+        measure.save(name, about, arguments)  # each time: the large ones take long
 
 
 if __name__ == "__main__":

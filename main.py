@@ -312,7 +312,8 @@ def fit(
                 precision=learner.precision,
             )
             is_best = on_val[confusion.headline] > best[confusion.headline]
-            score = f"{confusion.headline.replace('_', ' ')} {on_val[confusion.headline]:.3f}  "
+            name = confusion.headline.replace("_", " ").replace("iou", "IoU")
+            score = f"{name} {on_val[confusion.headline]:.3f}  "
             headline = "" if confusion.headline == "change_iou" else score
             print(
                 f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "

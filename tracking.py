@@ -53,6 +53,9 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
 }
 MAX_BATCH = 1000  # metrics that MLflow takes at once
+HEADLINES = [  # of TensorBoard's table of options
+    f"best/{name}" for name in ("change_iou", "change_dice", "mean_iou_of_change", "scd_score")
+]
 
 
 class Tracker:
@@ -144,9 +147,13 @@ class Tracker:
         self._to_mlflow(self._send)
 
     def log_summary(self, scores: Mapping[str, float], step: int) -> None:
-        """Record a run's best scores as best/x: what the tables of runs compare."""
+        """Record a run's best scores as best/x: what the tables of runs compare.
+
+        In TensorBoard, where each is a chart of one point before all the curves, `HEADLINES` alone.
+        """
         values = {f"best/{name}": float(value) for name, value in scores.items()}
-        self._tensorboard(self._add_hparams, values, step)
+        headlines = {name: values[name] for name in HEADLINES if name in values}
+        self._tensorboard(self._add_hparams, headlines, step)
         self._queue(values, step)
         self._to_mlflow(self._send)
 

@@ -208,11 +208,12 @@ def test_tensorboard_has_curves_picture_options_and_charts(run_dir: Path) -> Non
     with without_mlflow(run_dir) as tracker:
         tracker.log({"train/loss": 2.0, "val/loss": 3.0}, 1)
         tracker.log_figure("predictions", figure, 1)
-        tracker.log_summary({"change_iou": 0.75}, 1)
+        tracker.log_summary({"change_iou": 0.75, "iou/road": 0.5}, 1)
     assert figure.canvas is canvas
     found = events(run_dir)
     assert found.Scalars("val/loss")[0].value == 3.0
     assert found.Scalars("best/change_iou")[0].value == 0.75
+    assert "best/iou/road" not in found.Tags()["scalars"]
     assert (found.Images("predictions")[0].width, found.Images("predictions")[0].height) == (
         200,
         100,

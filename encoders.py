@@ -90,8 +90,9 @@ class Encoder(nn.Module):
         image = (image - self.mean) / self.std
         if self.multiple > 1:
             height, width = image.shape[-2:]
-            margin = (0, -width % self.multiple, 0, -height % self.multiple)
-            image = F.pad(image, margin, mode="replicate")
+            # rounded up in this way, exporters know that what they get divides by `multiple`
+            rows, columns = (-(-side // self.multiple) * self.multiple for side in (height, width))
+            image = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
         if not self.frozen:
             return _as_list(self.backbone(image))
         with torch.no_grad():

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from data_helpers import save_tree
+from test_predict import checkpoint_of
 from torch import Tensor, nn
 
 import distributed
+import evaluate
 import main
 from checkpoint import read_checkpoint
 from dataset import EpochSampler
@@ -43,15 +45,20 @@ def tree(tmp_path: Path) -> Path:
     return save_tree(tmp_path / "levir", train=7, val=3, size=(64, 64))
 
 
-def launch(tmp_path: Path, *words: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+def launch(tmp_path: Path, *words: str, restarts: int = 0) -> subprocess.Popen:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    return torchrun(SCRIPT, *options, f"--data-dir={tmp_path / 'levir'}",
+                    f"--output-dir={tmp_path / 'runs'}", "--no-mlflow", "--name=a", *words,
+                    restarts=restarts)  # fmt: skip
+
+
+def torchrun(script: Path, *words: object, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", f"--max-restarts={restarts}", str(SCRIPT), *options,
-               f"--data-dir={tmp_path / 'levir'}", f"--output-dir={tmp_path / 'runs'}",
-               "--no-mlflow", "--name=a", *words]  # fmt: skip
+               "--nproc-per-node=2", f"--max-restarts={restarts}", script, *words]  # fmt: skip
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        list(map(str, command)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def end(run: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
@@ -326,3 +333,29 @@ def test_a_mistake_is_one_line_of_one_process(tree: Path, tmp_path: Path) -> Non
     _, errors = end(run)
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert ours == ["error: 1 pairs in a batch are too few for 2 processes"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P1", "P2", "P6")
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    save_tree(tmp_path / "levir", size=(270, 100), train=1, val=3, test=5)
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    given: dict[str, Any] = {
+        **{key: OPTIONS[key] for key in ("amp", "device", "cache", "workers")},
+        "data_dir": str(tmp_path / "levir"), "window": 128, "overlap": 32,
+    }  # fmt: skip
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    run = torchrun(Path(evaluate.__file__), checkpoint, *words, "--no-mlflow", "--robustness",
+                   "--json", "-o", tmp_path / "two")  # fmt: skip
+    evaluate.evaluate({"checkpoints": (str(checkpoint),), "output_dir": str(tmp_path / "one"),
+                       "mlflow": False, "robustness": True, **given})  # fmt: skip
+    out, errors = end(run)
+    assert run.returncode == 0, errors
+    assert errors.count("device  cpu") == 1 and "each of 2 processes" in errors
+    assert out == (tmp_path / "two" / "scores.json").read_text()
+    files = {path.name for path in (tmp_path / "one").iterdir() if "tfevents" not in path.name}
+    assert {p.name for p in (tmp_path / "two").iterdir() if "tfevents" not in p.name} == files
+    for name in files:
+        one, two = ((tmp_path / kind / name).read_bytes() for kind in ("one", "two"))
+        assert one == two, name
+    assert {p.name for p in tmp_path.iterdir()} == {"levir", "best.pt", "one", "two"}

@@ -16,6 +16,7 @@ from typing import Any
 
 import config as cli
 from config import REQUIRED, option
+from objects import MIN_PIXELS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -36,7 +37,7 @@ class Config:
     protocols: str = option("patches,whole,sliding", "patches, whole (image), sliding (windows)")
     window: int = option(512, "side of a sliding window", above=0)
     overlap: int = option(128, "of neighbouring windows, in pixels", at_least=0)
-    min_object: int = option(10, "pixels of the smallest object that counts", above=0)
+    min_object: int = option(MIN_PIXELS, "pixels of the smallest object that counts", above=0)
     robustness: bool = option(False, "score with the later date shifted, turned, blurred, ...")
     robustness_pairs: int = option(64, "pairs to do that with, spread over the split; 0 = all", at_least=0)  # noqa: E501
     seed: int = option(0, "of the bootstrap", at_least=0)

@@ -23,6 +23,7 @@ from checkpoint import save_checkpoint
 from maps import Kinds
 from model import build_model
 from predict import Config, predict, predict_pair
+from scenes import ScenePair
 
 
 def write_scene(path: Path, size: int, seed: int) -> None:
@@ -57,7 +58,9 @@ def run(folder: Path, device: str, backbone: str, batch_size: int) -> None:
     if backbone == "none":
         config = Config("", str(before), str(after), batch_size=batch_size)
         kinds = Kinds.of("change", 1, {})
-        result = predict_pair(Brighter(), kinds, "scene", before, after, out, config=config)
+        pair = ScenePair("scene", before, after)
+        result = predict_pair(Brighter(), kinds, pair, out, config=config)
+        assert result is not None
     else:
         kwargs: dict[str, Any] = {"backbone": backbone, "freeze_backbone": False}
         torch.manual_seed(0)
@@ -67,7 +70,7 @@ def run(folder: Path, device: str, backbone: str, batch_size: int) -> None:
         given["output_dir"] = out
         paths = {name: str(path) for name, path in given.items()}
         (result,) = predict({**paths, "device": device, "batch_size": batch_size})
-    print(result["seconds"], measure.peak_memory(torch.device("cpu")))
+    print(result.seconds, measure.peak_memory(torch.device("cpu")))
 
 
 def main() -> None:

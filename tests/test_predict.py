@@ -200,6 +200,16 @@ def test_what_is_there_stays_unless_asked(checkpoint: Path, tmp_path: Path) -> N
     assert mine.read_bytes() != before
 
 
+def test_a_fault_of_the_input_is_named_before_the_output(checkpoint: Path, tmp_path: Path) -> None:
+    before = save(tmp_path / "1.png", picture(1))
+    save(tmp_path / "out" / "1_mask.png", picture(3))
+    with pytest.raises(UserError, match=r"2\.png: no such file"):
+        run(checkpoint, before, tmp_path / "2.png", tmp_path / "out")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2\.png: "):
+        run(checkpoint, before, tmp_path / "2.png", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

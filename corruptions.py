@@ -11,7 +11,7 @@ turn) goes with the pair's number, so that all occur in a split, and the same on
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,27 +121,18 @@ class CorruptedSource(Source):
         source: the pairs as they are.
         corruption: what to do.
         level: how much of it.
-        numbers: of the pairs to take; all when None.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        corruption: Corruption,
-        level: float,
-        numbers: Sequence[int] | None = None,
-    ) -> None:
-        self.numbers = range(len(source)) if numbers is None else numbers
-        self.pairs = tuple(source.pairs[i] for i in self.numbers)
-        self.sizes = [source.sizes[i] for i in self.numbers]
-        self.coding = source.coding
+    def __init__(self, source: Source, corruption: Corruption, level: float) -> None:
+        self.pairs, self.sizes = source.pairs, source.sizes
+        self.coding, self.num_planes = source.coding, source.num_planes
         self.source, self.corrupt, self.level = source, corruption.corrupt, level
         self._last: tuple[int, Tensor] | None = None  # sixteen patches of a pair come in a row
 
     def planes(self, number: int) -> Tensor:
         """Return a whole pair (P, H, W)."""
         if self._last is None or self._last[0] != number:
-            planes = self.source.planes(self.numbers[number]).clone()
+            planes = self.source.planes(number).clone()
             after, valid = self.corrupt(planes[3:6], self.level, number)
             planes[3:6] = after
             if valid is not None:

@@ -105,13 +105,17 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         shuffle: in an order drawn from (seed, epoch); it also drops an incomplete last batch,
             unless that is the only one.
         seed: of the order.
+        shared: by all processes; else each one has samples of its own, and takes them all.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, *, shuffle: bool, seed: int, shared: bool = True
+    ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.shared = shared
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -122,22 +126,24 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         if self.shuffle:
             return max(1, self.num_samples // self.batch_size)
-        return math.ceil(len(share(range(self.num_samples))) / self._part_size())
+        return math.ceil(len(self._part(range(self.num_samples))) / self._part_size())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order: Sequence[int] = share(range(self.num_samples))
-        size = self._part_size()
+        order, size = self._part(range(self.num_samples)), self._part_size()
         if self.shuffle:
             # a stream of its own: (seed, epoch, index) belongs to the samples
             rng = np.random.default_rng((self.seed, self.epoch, 0, 1))
             order, size = rng.permutation(self.num_samples).tolist(), self.batch_size
         for batch in range(self.first_batch, len(self)):
             part = order[batch * size : (batch + 1) * size]
-            part = share(part) if self.shuffle else part
+            part = self._part(part) if self.shuffle else part
             yield [(self.epoch, index) for index in part]
 
+    def _part(self, items: Sequence[int]) -> Sequence[int]:
+        return share(items) if self.shared else items
+
     def _part_size(self) -> int:
-        return math.ceil(self.batch_size / world_size())
+        return math.ceil(self.batch_size / (world_size() if self.shared else 1))
 
 
 class PairLoader(DataLoader[Sample]):
@@ -244,9 +250,10 @@ def make_loader(
     num_workers: int = 0,
     group: int = 1,
     device: torch.device | str = "cpu",
+    shared: bool = True,
 ) -> PairLoader:
     """Return a loader whose `batch_sampler` is an `EpochSampler`; its workers outlive epochs."""
-    sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    sampler = EpochSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed, shared=shared)
     loader = PairLoader(
         dataset,
         batch_sampler=sampler,

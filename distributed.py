@@ -1,10 +1,12 @@
 """One process, or several that torchrun starts: the same calls, which do nothing in the one.
 
-    torchrun --standalone --nproc-per-node 2 main.py
+    torchrun --standalone --nproc-per-node 2 main.py        shares each batch
+    torchrun --standalone --nproc-per-node 2 evaluate.py    shares the images
+    torchrun --standalone --nproc-per-node 2 predict.py     shares the scenes, or windows of one
 
-Every process runs the whole script on its share of each batch. Rank 0 alone decides, writes and
-prints. On a GPU, sums go through NCCL, and what the processes agree on through gloo: no step waits
-for the device.
+Every process runs the whole script on its share. Rank 0 alone decides and prints; it alone writes,
+but for scenes, which are written where they are mapped. On a GPU, sums go through NCCL, and what
+the processes agree on through gloo: no step waits for the device.
 """
 
 import inspect
@@ -188,7 +190,7 @@ def run(script: Callable[[], object]) -> int:
         if is_first():
             print(
                 f"error: rank {number} lost another process, which was killed or whose machine is "
-                "gone; go on with --resume, or let torchrun do so with --max-restarts",
+                "gone; start again, main.py with --resume or by torchrun's --max-restarts",
                 file=sys.stderr,
             )
         return 1

@@ -3,7 +3,8 @@
 Every protocol side by side, at the model's own threshold and at the one chosen on val; intervals,
 curves, calibration, the worst pairs; `--robustness` corrupts the later date. Several checkpoints
 (seeds) give mean and standard deviation. All of it goes to <run>/evaluation/<split>/, or with
-several checkpoints beside their runs, and to the MLflow run of the training.
+several checkpoints beside their runs, and to the MLflow run of the training. Started by torchrun,
+several processes share the images.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import config as cli
 from config import REQUIRED, option
+from objects import MIN_PIXELS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -35,7 +37,7 @@ class Config:
     protocols: str = option("patches,whole,sliding", "patches, whole (image), sliding (windows)")
     window: int = option(512, "side of a sliding window", above=0)
     overlap: int = option(128, "of neighbouring windows, in pixels", at_least=0)
-    min_object: int = option(10, "pixels of the smallest object that counts", above=0)
+    min_object: int = option(MIN_PIXELS, "pixels of the smallest object that counts", above=0)
     robustness: bool = option(False, "score with the later date shifted, turned, blurred, ...")
     robustness_pairs: int = option(64, "pairs to do that with, spread over the split; 0 = all", at_least=0)  # noqa: E501
     seed: int = option(0, "of the bootstrap", at_least=0)
@@ -43,9 +45,9 @@ class Config:
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"))  # noqa: E501
-    batch_size: int | None = option(None, "patches at once; else as in training", short="-b", above=0)  # noqa: E501
+    batch_size: int | None = option(None, "patches at once in each process; else as in training", short="-b", above=0)  # noqa: E501
     cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"))  # noqa: E501
-    workers: int | None = option(None, "loader processes", short="-j", at_least=0)
+    workers: int | None = option(None, "loader processes of each process", short="-j", at_least=0)
 
     # what it leaves
     output_dir: str | None = option(None, "folder for the results; one that is there stays, and -2, -3, ... is made", short="-o", aliases=["--output"])  # noqa: E501
@@ -60,8 +62,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from checkpoint import read_checkpoint, restore_model
 from classes import choose_classes
 from data_check import check
-from errors import UserError, run_script
-from evaluation import ROBUSTNESS_PROTOCOL, evaluate_protocol, measure_robustness
+from distributed import from_rank_0, in_turn, local_rank, local_world_size, rank, run, world_size
+from errors import UserError
+from evaluation import ROBUSTNESS_PROTOCOL, ProtocolResult, evaluate_protocol, measure_robustness
 from evaluation_record import Evaluated, check_writable, log_results, write_results
 from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
 from layouts import find_pairs
@@ -72,12 +75,12 @@ from score_report import Report, as_json, protocols_report, summarize, text
 from sources import Source, open_source
 
 
-def run(given: dict[str, Any]) -> None:
+def score(given: dict[str, Any]) -> None:
     """Evaluate; with --json nothing but JSON goes to stdout."""
     if not given.get("json"):
         evaluate(given)
         return
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stdout if rank() else sys.stderr):
         report = evaluate(given)
     print(as_json(report))
 
@@ -95,45 +98,68 @@ def evaluate(given: dict[str, Any]) -> Report:
     protocols = choose_protocols(config)
     checkpoints = read_checkpoints(config.checkpoints)
     first = next(iter(checkpoints.values()))
-    device = pick_device(config.device)
+    device = pick_device(config.device, local_rank())
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
-    data = open_data(config, first)
+    with in_turn():
+        data = open_data(config, first)
     wanted = Path(config.output_dir) if config.output_dir else None
-    check_writable(wanted or next(iter(checkpoints)).parent)
-    print(f"device  {describe(device)}, {'float32' if amp == 'off' else amp}", flush=True)
+    from_rank_0(lambda: check_writable(wanted or next(iter(checkpoints)).parent))
+    print(
+        f"device  {describe(device)}, {'float32' if amp == 'off' else amp}"
+        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}",
+        flush=True,
+    )
+    protocols, note = leave_out_equal_ones(protocols, data, config.window)
 
-    evaluated = []
+    measured: list[Measured] = []
     for path, state in checkpoints.items():
         check_classes(state["data"], data.names, path)
         predictor = Predictor(
             restore_model(state, path).to(device).eval(),
             amp=amp,
             batch_size=config.batch_size or state["config"].get("batch_size", 8),
-            num_workers=default_workers() if config.workers is None else config.workers,
+            num_workers=default_workers(local_world_size())
+            if config.workers is None
+            else config.workers,
             window=config.window,
             overlap=config.overlap,
         )
-        evaluated.append(evaluate_checkpoint(config, path, state, predictor, protocols, data))
+        measured.append(measure(config, predictor, protocols, data))
+
+    def publish() -> Report:
+        evaluated = [
+            describe_checkpoint(config, path, state, found, data)
+            for (path, state), found in zip(checkpoints.items(), measured, strict=True)
+        ]
+        report = report_of(config, data, evaluated, predictor.rule, note)
+        folder = write_results(wanted, report, evaluated)
+        log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
+        print(f"\n{text(report)}\n\nfiles   {folder}")
+        return report
+
+    return from_rank_0(publish)
+
+
+def report_of(
+    config: Config, data: "Data", evaluated: Sequence[Evaluated], rule: str, note: str
+) -> Report:
+    """Put the reports of all checkpoints together, see `score_report.py`."""
     runs = [one.report for one in evaluated]
-    knows_data = all(one.report["trained_on_this_data"] for one in evaluated)
-    report: Report = {
+    knows_data = all(run["trained_on_this_data"] for run in runs)
+    return {
         "data": data.name,
         "split": config.split,
         "place": config.split if knows_data else f"{data.folder}-{config.split}",
         "pairs": len(data.split),
         "val_pairs": len(data.val),
         "classes": list(data.names),
-        "rule": predictor.rule,
-        "note": note_on_sizes(data.split, config.window),
+        "rule": rule,
+        "note": note,
         "min_object_pixels": config.min_object,
         "runs": runs,
         **(summarize(runs) if len(runs) > 1 else {}),
     }
-    folder = write_results(wanted, report, evaluated)
-    log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
-    print(f"\n{text(report)}\n\nfiles   {folder}")
-    return report
 
 
 def choose_protocols(config: Config) -> list[str]:
@@ -176,11 +202,15 @@ def kind_of(model_kwargs: Mapping[str, Any]) -> tuple[str, int]:
     return model_kwargs.get("task", "change"), model_kwargs.get("num_classes", 1)
 
 
-def note_on_sizes(source: Source, window: int) -> str:
-    """Say so where all protocols ask the model the same."""
-    if set(source.sizes) == {(PATCH_SIZE, PATCH_SIZE)} and window >= PATCH_SIZE:
-        return f"all images are {PATCH_SIZE} x {PATCH_SIZE}, so the protocols are one and the same"
-    return ""
+def leave_out_equal_ones(protocols: list[str], data: "Data", window: int) -> tuple[list[str], str]:
+    """Return the protocols that differ, and a note on those that would only say the same again."""
+    sizes = {*data.split.sizes, *data.val.sizes}
+    if sizes != {(PATCH_SIZE, PATCH_SIZE)} or window < PATCH_SIZE or len(protocols) == 1:
+        return protocols, ""
+    first, *others = protocols
+    return [first], (
+        f"all images are {PATCH_SIZE} x {PATCH_SIZE}: {' and '.join(others)} would be the same"
+    )
 
 
 @dataclass(frozen=True)
@@ -249,15 +279,17 @@ def check_classes(saved: Mapping[str, Any], names: Sequence[str], path: Path) ->
         )
 
 
-def evaluate_checkpoint(
-    config: Config,
-    path: Path,
-    state: dict[str, Any],
-    predictor: Predictor,
-    protocols: Sequence[str],
-    data: Data,
-) -> Evaluated:
-    """Measure all that was asked for, and draw it."""
+@dataclass(frozen=True)
+class Measured:
+    """What was counted of a checkpoint: by protocol, and under corruptions if asked for."""
+
+    results: dict[str, ProtocolResult]
+    robustness: list[dict[str, Any]]
+    rule: str  # of the model by itself
+
+
+def measure(config: Config, predictor: Predictor, protocols: Sequence[str], data: Data) -> Measured:
+    """Measure all that was asked for; several processes share each split."""
     results = {
         protocol: evaluate_protocol(
             predictor,
@@ -269,6 +301,18 @@ def evaluate_checkpoint(
         )
         for protocol in protocols
     }
+    rows: list[dict[str, Any]] = []
+    if config.robustness:
+        rows = measure_robustness(
+            predictor, data.split, max_pairs=config.robustness_pairs, names=data.names
+        )
+    return Measured(results, rows, predictor.rule)
+
+
+def describe_checkpoint(
+    config: Config, path: Path, state: dict[str, Any], measured: Measured, data: Data
+) -> Evaluated:
+    """Turn counts into a report and figures."""
     # a folder that has got another split since is still the one of the training
     is_own = config.data_dir is None and state["config"].get("data_dir") == data.chosen
     knows_data = is_own or state["data"].get("fingerprint") == data.fingerprint
@@ -277,20 +321,18 @@ def evaluate_checkpoint(
         "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),
         "trained_on_this_data": knows_data,
         "caution": caution_of(config.split, knows_data),
-        "protocols": protocols_report(results, config.seed),
+        "protocols": protocols_report(measured.results, config.seed),
     }
-    rows: list[dict[str, Any]] = []
-    if config.robustness:
-        rows = measure_robustness(
-            predictor, data.split, max_pairs=config.robustness_pairs, names=data.names
-        )
-        report["robustness"] = {"protocol": ROBUSTNESS_PROTOCOL, "rows": rows}
+    if measured.robustness:
+        report["robustness"] = {"protocol": ROBUSTNESS_PROTOCOL, "rows": measured.robustness}
     run_name, num_pairs = path.resolve().parent.name, len(data.split)
     title = f"{run_name} on the {config.split} split of {data.name}, {num_pairs} pairs"
     if report["caution"]:
         title += f"\nOPTIMISTIC: {report['caution']}"
-    figures = draw_all(results, rows, data.split, title=title, rule=predictor.rule)
-    return Evaluated(path, state, report, results, figures)
+    figures = draw_all(
+        measured.results, measured.robustness, data.split, title=title, rule=measured.rule
+    )
+    return Evaluated(path, state, report, measured.results, figures)
 
 
 def caution_of(split: str, knows_data: bool) -> str | None:
@@ -304,4 +346,4 @@ def caution_of(split: str, knows_data: bool) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: run(GIVEN)))
+    sys.exit(run(lambda: score(GIVEN)))

@@ -5,23 +5,27 @@
 
 The threshold is chosen for each protocol on the validation split and then used on the split that
 was asked for, which has no say in it. On val itself its score is optimistic, and marked so.
+Of several processes each predicts its share of the images, and all get the counts of every one.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from corruptions import CORRUPTIONS, CorruptedSource
 from counts import ImageCounts, Prediction, SplitCounts, best_threshold, count_image, histogram_of
+from distributed import gather, rank, share
 from metrics import Confusion, build_confusion
 from protocols import Predicted, Predictor
-from sources import Source
+from sources import Source, Subset
 
 DEFAULT, BY_VAL = "default", "val"  # operating points
 ROBUSTNESS_PROTOCOL = "patches"  # the cheapest: no overlap, no blending
 NUM_WORST = 10
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,31 +67,41 @@ def evaluate_protocol(
     empty = _confusion_of(predictor, names)
     num_labels = len(empty().classes)
 
-    def predict(pairs: Source, on: str) -> Iterable[Predicted]:
-        predictions = predictor.predict(pairs, protocol)
+    def predict(pairs: Source, on: str) -> Iterable[tuple[int, Predicted]]:
         bar = f"{protocol} on {on}"
-        return tqdm(predictions, bar, len(pairs), disable=None, leave=False, unit="pair")
+        predictions = _predict_share(predictor, pairs, protocol)
+        own = len(share(pairs.pairs))
+        silent = True if rank() else None  # None: where nobody watches
+        return tqdm(predictions, bar, own, disable=silent, leave=False, unit="pair")
 
-    def count(number: int, predicted: Predicted, **points: float | None) -> ImageCounts:
+    def count(number: int, predicted: Predicted) -> ImageCounts:
         name = source.pairs[number].name
         return count_image(
             name, *predicted, points=points, num_labels=num_labels, min_pixels=min_pixels
         )
 
+    def worst_of(images: Mapping[int, ImageCounts]) -> list[int]:
+        return sorted(images, key=lambda i: -images[i].num_wrong(DEFAULT))[:NUM_WORST]
+
     on_val = predict(val, "val")
     if source is val:
         on_val = list(on_val)  # five bytes a pixel, instead of predicting twice
-    threshold = best_threshold(histogram_of(*predicted) for predicted in on_val)
-    points = {DEFAULT: None, BY_VAL: threshold}
-    images: list[ImageCounts] = []
-    worst: list[tuple[int, Prediction]] = []
-    on_split = on_val if source is val else predict(source, "the split")
-    for number, predicted in enumerate(on_split):
-        images.append(count(number, predicted, **points))
-        worst.append((number, predicted[0]))
-        worst.sort(key=lambda entry: -images[entry[0]].num_wrong(DEFAULT))
-        del worst[NUM_WORST:]
-    return ProtocolResult(predictor.describe(protocol), points, SplitCounts(images, empty), worst)
+    histograms = _merged({number: histogram_of(*predicted) for number, predicted in on_val})
+    points = {DEFAULT: None, BY_VAL: best_threshold(histograms.values())}
+    images: dict[int, ImageCounts] = {}
+    kept: dict[int, Prediction] = {}
+    for number, predicted in on_val if source is val else predict(source, "the split"):
+        images[number], kept[number] = count(number, predicted), predicted[0]
+        kept = {i: kept[i] for i in worst_of({i: images[i] for i in kept})}
+    images = _merged(images)
+    worst = worst_of(images)
+    kept = _merged({i: prediction for i, prediction in kept.items() if i in worst})
+    return ProtocolResult(
+        predictor.describe(protocol),
+        points,
+        SplitCounts(list(images.values()), empty),
+        [(i, kept[i]) for i in worst],
+    )
 
 
 def measure_robustness(
@@ -112,7 +126,7 @@ def measure_robustness(
     """
     empty = _confusion_of(predictor, names)
     num_pairs = min(len(source), max_pairs or len(source))
-    numbers = [i * len(source) // num_pairs for i in range(num_pairs)]
+    some = Subset(source, [i * len(source) // num_pairs for i in range(num_pairs)])
     steps = [
         (name, level)
         for name, corruption in CORRUPTIONS.items()
@@ -121,17 +135,17 @@ def measure_robustness(
     ]
 
     def score(name: str, level: float) -> dict[str, Any]:
-        corrupted = CorruptedSource(source, CORRUPTIONS[name], level, numbers)
-        images = [
-            count_image(
-                corrupted.pairs[i].name,
+        corrupted = CorruptedSource(some, CORRUPTIONS[name], level)
+        images = {
+            number: count_image(
+                corrupted.pairs[number].name,
                 *predicted,
                 points={DEFAULT: None},
                 num_labels=len(empty().classes),
             )
-            for i, predicted in enumerate(predictor.predict(corrupted, ROBUSTNESS_PROTOCOL))
-        ]
-        counts = SplitCounts(images, empty)
+            for number, predicted in _predict_share(predictor, corrupted, ROBUSTNESS_PROTOCOL)
+        }
+        counts = SplitCounts(list(_merged(images).values()), empty)
         low, high = counts.intervals(DEFAULT)["change_iou"]
         return {
             "corruption": name,
@@ -145,15 +159,30 @@ def measure_robustness(
 
     first = next(iter(CORRUPTIONS))
     clean = score(first, CORRUPTIONS[first].neutral)
+    silent = True if rank() else None
     rows = {
         step: score(*step)
-        for step in tqdm(steps, "robustness", disable=None, leave=False, unit="level")
+        for step in tqdm(steps, "robustness", disable=silent, leave=False, unit="level")
     }
     return [
         rows.get((name, level), {**clean, "corruption": name, "level": level})
         for name, corruption in CORRUPTIONS.items()
         for level in corruption.levels
     ]
+
+
+def _predict_share(
+    predictor: Predictor, source: Source, protocol: str
+) -> Iterator[tuple[int, Predicted]]:
+    """Predict this process's share of the images; yield the number of each, too."""
+    numbers = share(range(len(source)))
+    predictions = predictor.predict(Subset(source, numbers), protocol)
+    return zip(numbers, predictions, strict=True)
+
+
+def _merged(of_images: dict[int, T]) -> dict[int, T]:
+    """Put what the processes have of their images together, in the split's order."""
+    return {number: value for part in gather(of_images) for number, value in sorted(part.items())}
 
 
 def _confusion_of(predictor: Predictor, names: Sequence[str] | None) -> Callable[[], Confusion]:

@@ -10,6 +10,7 @@ With several checkpoints the last three lie in a folder for each.
 
 import csv
 import itertools
+import json
 import math
 import os
 import shutil
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from counts import ImageCounts
 from errors import UserError
 from evaluation import ProtocolResult
-from score_report import Report, as_json, text
+from score_report import FEW_PAIRS, Report, as_json, text
 from tracking import Tracker
 from visualize import save_figure
 
@@ -84,6 +85,33 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
                 save_figure(figure, part / f"{name}.png")
 
     return write_folder(wanted or home / "evaluation" / report["place"], fill)
+
+
+def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
+    """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
+
+    Of overlapping windows if that protocol was evaluated, else of the first one. An evaluation
+    that is older than the checkpoint, of other data than the training's, of fewer than
+    `FEW_PAIRS`, or that cannot be read, does not count.
+    """
+    found = list(checkpoint.parent.glob("evaluation/*/scores.json"))
+    for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+        if path.stat().st_mtime < checkpoint.stat().st_mtime:
+            continue
+        try:
+            report = json.loads(path.read_text("utf-8"))
+            runs = report["runs"]
+            (run,) = (r for r in runs if Path(r["checkpoint"]).name == checkpoint.name)
+            if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
+                continue
+            protocols = run["protocols"]
+            protocol = protocols.get("sliding") or next(iter(protocols.values()))
+            threshold = float(protocol["points"]["val"]["threshold"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            continue
+        if 0 <= threshold <= 1:
+            return threshold, path
+    return None
 
 
 def check_writable(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Prediction over a scene of any size: overlapping windows, blended without seams.
 
     scene       (3, H, W), two dates         read in strips of rows, as wide as the scene
-    windows     (B, 3, h, w)                 of one strip, h = min(window, H), w = min(window, W)
+    windows     (B, 3, h, w)                 of one strip, h = min(window, H), w = min(window, W);
+                                             processes may share them
     logits      (B, C, h, w)                 times the window's weights, added up
     bands       (C, n, W) float32            rows that no later window touches, top to bottom
 
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distributed import agree, all_reduce_, share
 from engine import Precision
 from hardware import pick_precision
 from metrics import change_probability
@@ -97,6 +99,7 @@ def predict_bands(
     flips: bool = False,
     amp: str = "auto",
     after_batch: Callable[[float], None] = lambda _: None,
+    shared: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """Predict a scene that need not fit in memory, band by band from top to bottom.
 
@@ -111,7 +114,9 @@ def predict_bands(
         batch_size: windows at once.
         flips: average over each window and its three mirror images, at four times the cost.
         amp: precision: auto, off, bf16 or fp16.
-        after_batch: is told which share of the scene's windows this batch was.
+        after_batch: is told which share of this process's windows the batch was.
+        shared: processes that torchrun started share the windows of each strip. All have to ask
+            for the same scene, and to take as many bands; each gets them whole.
 
     Yields:
         The band's first row, and its logits (C, n, W), float32 on the model's device; together
@@ -128,29 +133,34 @@ def predict_bands(
     precision = Precision.named(pick_precision(amp, device), device)
     tops, lefts = starts(height, window, overlap), starts(width, window, overlap)
     rows, columns = min(window, height), min(window, width)
+    own = share(range(len(lefts))) if shared else range(len(lefts))
     row_weights = blending_weights(height, tops, rows).to(device)
     column_weights = blending_weights(width, lefts, columns).to(device)
     was_training = model.training
     model.eval()
     try:
-        sums: Tensor | None = None  # (C, rows, W) from `top` on
+        sums = torch.empty(0)  # (C, rows, W) from `top` on, of this process's windows
         for i, top in enumerate(tops):
             strips = [strip.to(device) for strip in read_rows(top, top + rows)]
-            for first in range(0, len(lefts), batch_size):
-                batch = lefts[first : first + batch_size]
-                before, after = (
-                    torch.stack([strip[..., x : x + columns] for x in batch]) for strip in strips
-                )
+            for first in range(0, len(own), batch_size):
+                batch = own[first : first + batch_size]
+                places = [slice(lefts[j], lefts[j] + columns) for j in batch]
+                before, after = (torch.stack([s[..., place] for place in places]) for s in strips)
                 logits = _forward(model, before, after, flips, precision)
-                if sums is None:
+                if not len(sums):
                     sums = logits.new_zeros(logits.shape[1], rows, width)
-                for j, (x, of_window) in enumerate(zip(batch, logits, strict=True), start=first):
+                for j, place, of_window in zip(batch, places, logits, strict=True):
                     weights = row_weights[i, :, None] * column_weights[j]
-                    sums[..., x : x + columns] += of_window * weights
-                after_batch(len(batch) / (len(tops) * len(lefts)))
-            assert sums is not None
+                    sums[..., place] += of_window * weights
+                after_batch(len(batch) / (len(tops) * len(own)))
+            if shared and i == 0:  # a process without a window in a narrow scene learns C
+                (num_channels,) = agree(len(sums))
+                sums = sums if len(sums) else torch.zeros(num_channels, rows, width, device=device)
             num_done = (tops[i + 1] if i + 1 < len(tops) else height) - top
-            yield top, sums[:, :num_done].clone()
+            band = sums[:, :num_done].clone()
+            if shared:
+                all_reduce_(band)
+            yield top, band
             # what is left moves up, and the rows that come into reach start at 0
             sums = torch.cat([sums[:, num_done:], torch.zeros_like(sums[:, :num_done])], dim=1)
     finally:

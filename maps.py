@@ -13,7 +13,7 @@ is whole, so that no file that looks complete is not.
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from raster import Bools, Bytes, Grid, Scene
 from visualize import PALETTE
 
 LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons")
+ENDINGS = (".png", ".tif", ".geojson")
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
 SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
 PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
@@ -306,9 +307,9 @@ class SceneMaps:
         self.overlay.write(top, after, classes[-1])
         return int(valid.sum()), int(((classes[-1] > 0) & valid).sum())
 
-    def finish(self, min_area: float, fill_holes: float) -> int:
-        """Complete all files; return the number of polygons, see `write_polygons`."""
-        num_polygons = 0
+    def finish(self, min_area: float | None, fill_holes: float) -> tuple[int, int]:
+        """Complete all files; return what `write_polygons` does."""
+        num_polygons = 0, 0
         if self.scene.grid.has_place:
             classes = self.transitions or self.masks[0]
             assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
@@ -332,6 +333,13 @@ class SceneMaps:
     def _path(self, layer: str, stored: str = "uint8") -> Path:
         ending = "png" if self.scene.is_plain and stored == "uint8" else "tif"
         return self.folder / f"{self.name}_{layer}.{ending}"
+
+
+def check_free(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if a map of one of these scenes is in the folder already."""
+    files = (f"{name}_{layer}{end}" for name in names for layer in LAYERS for end in ENDINGS)
+    if there := next((folder / file for file in files if (folder / file).exists()), None):
+        raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from objects import MIN_PIXELS
 from raster import place
 
 _AT_ONCE = 2000  # polygons whose coordinates are transformed in one call
@@ -46,9 +47,9 @@ def write_polygons(
     *,
     describe: Callable[[int], dict[str, object]],
     unit: float = 1.0,
-    min_area: float = 0.0,
+    min_area: float | None = 0.0,
     fill_holes: float = 0.0,
-) -> int:
+) -> tuple[int, int]:
     """Write the polygons of a class map.
 
     Args:
@@ -57,16 +58,17 @@ def write_polygons(
         probability: a raster on the same grid.
         describe: gives the properties of a class value.
         unit: what a step of the probability's values is.
-        min_area: of a polygon, in square metres; smaller ones are left out.
+        min_area: of a polygon, in square metres; smaller ones are left out. None is that of as many
+            pixels as an object has that `objects.py` counts.
         fill_holes: holes of up to so many square metres are filled.
 
     Returns:
-        The number of polygons.
+        The number of polygons, and of those left out.
     """
     import rasterio
 
     with rasterio.open(classes) as source, rasterio.open(probability) as chances:
-        found = list(_polygons(source, min_area, fill_holes))
+        found, num_left_out = _polygons(source, min_area, fill_holes)
         _add_probabilities(found, source, chances, unit)
     with path.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
@@ -85,10 +87,11 @@ def write_polygons(
             }
             file.write(f"{',' if number else ''}\n{json.dumps(feature)}")
         file.write("\n]}\n")
-    return len(found)
+    return len(found), num_left_out
 
 
-def _polygons(source: Any, min_area: float, fill_holes: float) -> Iterator[Polygon]:
+def _polygons(source: Any, min_area: float | None, fill_holes: float) -> tuple[list[Polygon], int]:
+    """Return the polygons that are large enough, and the number of the others."""
     import rasterio
     from rasterio.features import shapes
 
@@ -100,6 +103,10 @@ def _polygons(source: Any, min_area: float, fill_holes: float) -> Iterator[Polyg
         if value not in (0, source.nodata)
     )
     equal_area = equal_area_crs(source)
+    if min_area is None:  # half a pixel less, as a pixel is not the same size all over a scene
+        min_area = (MIN_PIXELS - 0.5) * _pixel_area(source, equal_area)
+    found: list[Polygon] = []
+    num_left_out = 0
     while chunk := list(islice(outlines, _AT_ONCE)):
         flat = _transformed([r for _, rings in chunk for r in rings], source.crs, equal_area)
         kept: list[Polygon] = []
@@ -113,7 +120,18 @@ def _polygons(source: Any, min_area: float, fill_holes: float) -> Iterator[Polyg
         flat = _transformed([r for p in kept for r in p.rings], source.crs, "EPSG:4326")
         for polygon in kept:
             polygon.lon_lat = [_turned(next(flat), i == 0) for i in range(len(polygon.rings))]
-        yield from kept
+        found += kept
+        num_left_out += len(chunk) - len(kept)
+    return found, num_left_out
+
+
+def _pixel_area(source: Any, equal_area: str) -> float:
+    """Return the square metres on the ground of the pixel in a raster's middle."""
+    row, column = source.height // 2, source.width // 2
+    x = column + np.array([0, 0, 1, 1, 0])
+    y = row + np.array([0, 1, 1, 0, 0])
+    outline = place(source.transform, x, y).T
+    return abs(signed_area(next(_transformed([outline], source.crs, equal_area))))
 
 
 def equal_area_crs(source: Any) -> str:

@@ -3,19 +3,20 @@
 Scenes of any size, PNG, JPEG, TIFF or GeoTIFF; or two folders, whose files are paired by stem.
 Nothing needs a label. For each pair it writes the probability of change, the mask of classes and a
 picture of both over the later date; for GeoTIFFs on the same grid, with polygons (maps.py,
-polygons.py say what is in them).
+polygons.py say what is in them). Started by torchrun, several processes share the work.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import config as cli
 from config import REQUIRED, option
+from objects import MIN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Config:
     overwrite: bool = option(False, "replace what is there")
     threshold: float | None = option(None, "of the change probability; else as evaluate.py chose it on val, else 0.5", at_least=0, at_most=1)  # noqa: E501
     probability: str = option("uint8", "how it is stored: uint8 (254 p, 255 = no data) or float32", choices=("uint8", "float32"))  # noqa: E501
-    min_area: float = option(0.0, "of a polygon, in square metres", at_least=0)
+    min_area: float | None = option(None, f"of a polygon, in square metres; else that of {MIN_PIXELS} pixels; 0 keeps all", at_least=0)  # noqa: E501
     fill_holes: float = option(0.0, "fill holes of polygons up to so many square metres", at_least=0)  # noqa: E501
 
     # what goes in
@@ -61,19 +62,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import read_checkpoint, restore_model
-from errors import Interrupted, StopRequest, UserError, run_script
+from distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
+from errors import Interrupted, StopRequest, UserError
+from evaluation_record import stored_threshold
 from hardware import explain_out_of_memory, keep_freed_memory, pick_device
 from inference import predict_bands
-from maps import LAYERS, Kinds, SceneMaps, unfinished
-from raster import ENDINGS, open_scene
-from score_report import FEW_PAIRS
+from maps import Kinds, SceneMaps, check_free, unfinished
+from raster import Scene, open_scene
+from scenes import ScenePair, find_scenes
 
 
-def predict(given: dict[str, Any]) -> list[dict[str, float]]:
+def predict(given: dict[str, Any]) -> list["Mapped"]:
     """Predict from the options that a command line gives.
 
+    As many scenes at a time as there are processes, each by one; of those that are left over, all
+    processes share the windows.
+
     Returns:
-        Of each pair: megapixels, seconds, share of changed pixels and number of polygons.
+        What there is to say of each scene.
 
     Raises:
         UserError: anything the user can mend; of the pair that it concerns nothing is written.
@@ -81,48 +87,45 @@ def predict(given: dict[str, Any]) -> list[dict[str, float]]:
     """
     config = Config(**given)
     check(config)
-    pairs = find_pairs(Path(config.before), Path(config.after))
-    out = Path(config.output_dir)
-    path = Path(config.checkpoint)
-    state = read_checkpoint(path)
-    device = pick_device(config.device)
+    state = read_checkpoint(Path(config.checkpoint))
+    device = pick_device(config.device, local_rank())
     keep_freed_memory()
-    model = restore_model(state, path).to(device).eval()
+    model = restore_model(state, Path(config.checkpoint)).to(device).eval()
     kinds = Kinds.of(model.task, model.num_classes, state["data"])
-    if not kinds.has_threshold:
-        if config.threshold is not None:
-            raise UserError(
-                f"--threshold {config.threshold}: {path} has {model.num_classes} classes, of "
-                "which each pixel gets the likeliest; leave it out"
-            )
-    elif config.threshold is None and (chosen := stored_threshold(path)):
-        threshold, source = chosen
-        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
-        config = replace(config, threshold=threshold)
-    elif config.threshold is None:
-        print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
-    if not config.overwrite:
-        endings = (".png", ".tif", ".geojson")
-        names = [f"{name}_{layer}{e}" for name, *_ in pairs for layer in LAYERS for e in endings]
-        there = next((out / name for name in names if (out / name).exists()), None)
-        if there:
-            raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
-    results: list[dict[str, float]] = []
-    with StopRequest() as stop, explain_out_of_memory(config.batch_size, config.window, "--window"):
+    config, scenes = from_rank_0(lambda: prepare(config, kinds))
+    results: list[Mapped] = []
+    shared = False
+    with (
+        StopRequest(is_silent=rank() > 0) as stop,
+        explain_out_of_memory(config.batch_size, config.window, "--window"),
+    ):
 
         def leave_if_asked() -> None:
-            if stop.signal_number:
+            (number,) = agree(stop.signal_number) if shared else (stop.signal_number,)
+            if number:
                 raise Interrupted(
-                    f"stopped after {len(results)} of {len(pairs)} scenes; nothing of the next "
+                    f"stopped after {len(results)} of {len(scenes)} scenes; nothing of the next "
                     "one was written",
-                    stop.signal_number,
+                    number,
                 )
 
-        for name, before, after in pairs:
-            result = predict_pair(
-                model, kinds, name, before, after, out, config=config, after_batch=leave_if_asked
-            )
-            results.append(result)
+        for first in range(0, len(scenes), world_size()):
+            group = scenes[first : first + world_size()]
+            shared = len(group) < world_size()
+            for pair in group if shared else share(group):
+                own = predict_pair(
+                    model,
+                    kinds,
+                    pair,
+                    Path(config.output_dir),
+                    config=config,
+                    leave_if_asked=leave_if_asked,
+                    shared=shared,
+                )
+                found = [mapped for mapped in gather(own) if mapped]
+                for other in found[1:]:
+                    print(*other.lines, sep="\n", flush=True)
+                results += found
     return results
 
 
@@ -138,151 +141,153 @@ def check(config: Config) -> None:
         )
 
 
-def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
-    """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
-
-    Of overlapping windows if that protocol was evaluated, else of the first one. An evaluation
-    that is older than the checkpoint, of other data than the training's, of fewer than
-    `FEW_PAIRS`, or that cannot be read, does not count.
-    """
-    found = list(checkpoint.parent.glob("evaluation/*/scores.json"))
-    for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
-        if path.stat().st_mtime < checkpoint.stat().st_mtime:
-            continue
-        try:
-            report = json.loads(path.read_text("utf-8"))
-            runs = report["runs"]
-            (run,) = (r for r in runs if Path(r["checkpoint"]).name == checkpoint.name)
-            if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
-                continue
-            protocols = run["protocols"]
-            protocol = protocols.get("sliding") or next(iter(protocols.values()))
-            threshold = float(protocol["points"]["val"]["threshold"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-            continue
-        if 0 <= threshold <= 1:
-            return threshold, path
-    return None
-
-
-def find_pairs(before: Path, after: Path) -> list[tuple[str, Path, Path]]:
-    """Return the name and both files of each scene: of two files, or of two folders by stem.
+def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
+    """Return the options with the threshold chosen, and the scenes.
 
     Raises:
-        UserError: a file without a partner, or nothing at all.
+        UserError: a file that cannot be read, a threshold for classes, or maps that are there.
     """
-    if before.is_dir() != after.is_dir() and before.exists() and after.exists():
-        raise UserError(f"{before} and {after}: give two files or two folders")
-    if not before.is_dir():
-        return [(before.stem, before, after)]
-    first, second = _by_stem(before), _by_stem(after)
-    alone = [first[s] for s in first if s not in second]
-    alone += [second[s] for s in second if s not in first]
-    if alone:
-        names = ", ".join(str(path) for path in sorted(alone)[:5])
-        raise UserError(f"{len(alone)} files have no partner of their stem: {names}")
-    if not first:
-        raise UserError(f"{before}: holds no image ({', '.join(sorted(ENDINGS))})")
-    return [(stem, first[stem], second[stem]) for stem in sorted(first)]
+    scenes = find_scenes(Path(config.before), Path(config.after))
+    path = Path(config.checkpoint)
+    if not kinds.has_threshold:
+        if config.threshold is not None:
+            raise UserError(
+                f"--threshold {config.threshold}: {path} has {len(kinds.names)} classes, of "
+                "which each pixel gets the likeliest; leave it out"
+            )
+    elif config.threshold is None and (chosen := stored_threshold(path)):
+        threshold, source = chosen
+        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
+        config = replace(config, threshold=threshold)
+    elif config.threshold is None:
+        print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
+    if not config.overwrite:
+        check_free(Path(config.output_dir), (scene.name for scene in scenes))
+    return config, scenes
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise UserError(f"{folder}: {found[path.stem].name} and {path.name}; keep one")
-        found[path.stem] = path
-    return found
+@dataclass(frozen=True)
+class Mapped:
+    """What there is to say of a scene.
+
+    Attributes:
+        lines: for the user.
+        megapixels, seconds: of the scene, and that it took.
+        changed: share of the pixels that have data.
+        polygons: how many were written.
+    """
+
+    lines: tuple[str, ...]
+    megapixels: float
+    seconds: float
+    changed: float
+    polygons: int
 
 
 def predict_pair(
     model: nn.Module,
     kinds: Kinds,
-    name: str,
-    before: Path,
-    after: Path,
+    pair: ScenePair,
     out: Path,
     *,
     config: Config,
-    after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Predict one pair and write its maps: `name`_probability, `name`_mask, ... in `out`.
+    leave_if_asked: Callable[[], None] = lambda: None,
+    shared: bool = False,
+) -> Mapped | None:
+    """Predict one pair and write its maps: NAME_probability, NAME_mask, ... in `out`.
 
     Args:
         model: `(before, after) -> logits`, on its device.
         kinds: of its classes.
-        name: of the files.
-        before: the earlier date.
-        after: the later date.
+        pair: the files.
         out: folder of the maps.
         config: the options.
-        after_batch: may raise to end it; then nothing is left behind.
+        leave_if_asked: may raise to end it; then nothing is left behind.
+        shared: all processes do this together, see `predict_bands`; rank 0 writes.
 
     Returns:
-        Megapixels, seconds, share of changed pixels (of those with data), number of polygons.
+        What there is to say, where it was written.
     """
     threshold = 0.5 if config.threshold is None else config.threshold
-    reading = open_scene(
-        before, after, bands=config.bands, scale=config.scale, align=config.align
-    )  # fmt: skip
-    with reading as scene, unfinished(out) as folder:
-        for note in scene.notes:
-            print(note, flush=True)
-        grid = scene.grid
-        megapixels, start = grid.height * grid.width / 1e6, time.perf_counter()
-        maps = SceneMaps(folder, name, scene, kinds, config.probability)
-        num_valid = num_changed = 0
-        with tqdm(
-            total=megapixels,
-            desc=name,
-            unit="MP",
-            leave=False,
-            disable=None,
-            bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
-        ) as bar:
-
-            def read_rows(top: int, bottom: int) -> tuple[Tensor, Tensor]:
-                first, second, _ = scene.read(top, bottom)
-                return torch.from_numpy(first), torch.from_numpy(second)
-
-            def after_window(share: float) -> None:
-                bar.update(share * megapixels)
-                after_batch()
-
-            for top, logits in predict_bands(
-                model,
-                read_rows,
-                grid.height,
-                grid.width,
-                window=config.window,
-                overlap=config.overlap,
-                batch_size=config.batch_size,
-                flips=config.flips,
-                amp=config.amp,
-                after_batch=after_window,
-            ):
+    start = time.perf_counter()
+    with (
+        open_scene(
+            pair.before, pair.after, bands=config.bands, scale=config.scale, align=config.align
+        ) as scene,
+        closing(_bands(model, scene, pair.name, config, leave_if_asked, shared)) as bands,
+    ):
+        if shared and rank() > 0:
+            for _ in bands:
+                pass
+            return None
+        print(*scene.notes, sep="\n", end="\n" if scene.notes else "", flush=True)
+        grid, num_valid, num_changed = scene.grid, 0, 0
+        with unfinished(out) as folder:
+            maps = SceneMaps(folder, pair.name, scene, kinds, config.probability)
+            for top, logits in bands:
                 valid, is_change = maps.write(top, logits, threshold)
                 num_valid += valid
                 num_changed += is_change
-        num_polygons = maps.finish(config.min_area, config.fill_holes)
-        seconds = time.perf_counter() - start
-    share, no_data = num_changed / max(num_valid, 1), 1 - num_valid / (grid.height * grid.width)
-    print(
-        f"{out / name}_*: {grid.width} x {grid.height}, {share:.2%} changed"
+            num_polygons, num_left_out = maps.finish(config.min_area, config.fill_holes)
+    seconds, megapixels = time.perf_counter() - start, grid.height * grid.width / 1e6
+    changed, no_data = num_changed / max(num_valid, 1), 1 - num_valid / (grid.height * grid.width)
+    line = (
+        f"{out / pair.name}_*: {grid.width} x {grid.height}, {changed:.2%} changed"
         f"{f', {num_polygons} polygons' if grid.has_place else ''}"
+        f"{f' and {num_left_out} too small (--min-area)' if num_left_out else ''}"
         f"{f', {no_data:.1%} without data' if no_data else ''}"
-        f", {megapixels / seconds:.2f} megapixels/s",
-        flush=True,
+        f", {megapixels / seconds:.2f} megapixels/s"
     )
-    return {
-        "megapixels": megapixels,
-        "seconds": seconds,
-        "changed": share,
-        "polygons": num_polygons,
-    }
+    print(line, flush=True)
+    return Mapped((*scene.notes, line), megapixels, seconds, changed, num_polygons)
+
+
+def _bands(
+    model: nn.Module,
+    scene: Scene,
+    name: str,
+    config: Config,
+    leave_if_asked: Callable[[], None],
+    shared: bool,
+) -> Generator[tuple[int, Tensor], None, None]:
+    """Predict a scene under a progress bar."""
+    grid = scene.grid
+    megapixels = grid.height * grid.width / 1e6
+    with tqdm(
+        total=megapixels,
+        desc=name,
+        unit="MP",
+        leave=False,
+        disable=True if rank() else None,  # where nobody watches
+        bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+
+        def read_rows(top: int, bottom: int) -> tuple[Tensor, Tensor]:
+            before, after, _ = scene.read(top, bottom)
+            return torch.from_numpy(before), torch.from_numpy(after)
+
+        def after_batch(part: float) -> None:
+            bar.update(part * megapixels)
+            if not shared:
+                leave_if_asked()
+
+        for band in predict_bands(
+            model,
+            read_rows,
+            grid.height,
+            grid.width,
+            window=config.window,
+            overlap=config.overlap,
+            batch_size=config.batch_size,
+            flips=config.flips,
+            amp=config.amp,
+            after_batch=after_batch,
+            shared=shared,
+        ):
+            yield band
+            if shared:  # all have as many bands, but not as many batches
+                leave_if_asked()
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: predict(GIVEN)))
+    sys.exit(run(lambda: predict(GIVEN)))

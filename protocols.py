@@ -99,6 +99,7 @@ class Predictor:
             shuffle=False,
             num_workers=self.num_workers,
             device=self.device,
+            shared=False,  # an image's patches stay together
         )
         places = iter(dataset.patches)
         with closing(loader):

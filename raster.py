@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from errors import UserError
-from image_io import MAX_PIXELS, read_image
+from image_io import MAX_PIXELS, read_image, read_size
 
 # Rasters have any ending; these are looked for in folders
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".jp2", ".vrt", ".img"}
@@ -252,6 +252,21 @@ def open_scene(
         yield Scene(first, second)
 
 
+def check_readable(*paths: Path) -> None:
+    """Look at the header of each file.
+
+    Raises:
+        UserError: one is not there, or is no image; or rasterio is needed and not installed.
+    """
+    for path in paths:
+        _check_there(path)
+        if reason := _why_raster(path):
+            with ExitStack() as stack:
+                _open_raster(path, reason, stack)
+        else:
+            read_size(path)
+
+
 def import_rasterio(path: Path, reason: str) -> Any:
     """Return rasterio.
 
@@ -275,11 +290,20 @@ def _open(
     bands: Sequence[int] | None,
     scale: Sequence[float] | None,
 ) -> PlainImage | Raster:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    _check_there(path)
     reason = "--bands" if bands else "--scale" if scale else _why_raster(path)
     if not reason:
         return PlainImage(path)
+    return Raster(path, _open_raster(path, reason, stack), bands, scale)
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+
+
+def _open_raster(path: Path, reason: str, stack: ExitStack) -> Any:
+    """Return a rasterio dataset, open until the `with` of the stack ends."""
     rasterio = import_rasterio(path, reason)
     try:
         with warnings.catch_warnings():
@@ -289,7 +313,7 @@ def _open(
         raise UserError(f"{path}: cannot be opened ({str(error).splitlines()[0]})") from None
     if not source.count:
         raise UserError(f"{path}: holds several rasters; name one of {source.subdatasets[:3]}")
-    return Raster(path, source, bands, scale)
+    return source
 
 
 def _why_raster(path: Path) -> str:

@@ -185,6 +185,25 @@ class CachedSource(Source):
             raise UserError(f"{self._pixels}: cannot be mapped ({error}); delete it") from None
 
 
+class Subset(Source):
+    """Some pairs of a source.
+
+    Args:
+        source: all of them.
+        numbers: of those to take, in this order.
+    """
+
+    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
+        self.pairs = tuple(source.pairs[i] for i in numbers)
+        self.sizes = [source.sizes[i] for i in numbers]
+        self.coding, self.num_planes = source.coding, source.num_planes
+        self.source, self.numbers = source, numbers
+
+    def planes(self, number: int) -> Tensor:
+        """Return a whole pair (P, H, W)."""
+        return self.source.planes(self.numbers[number])
+
+
 def open_source(
     pairs: Sequence[Pair], coding: MaskCoding, *, cache: str = "none", folder: Path
 ) -> Source:

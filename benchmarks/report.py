@@ -11,7 +11,7 @@ HEAD = """# Benchmarks
 
 Written by `python benchmarks/report.py` from [results/](results); do not edit by hand. How to run each: `--help`.
 
-Every ratio is against [naive.py](naive.py), the same job as a notebook's author writes it: files decoded and resized in
+Every ratio, unless another baseline is named, is against [naive.py](naive.py), the same job as a notebook's author writes it: files decoded and resized in
 `__getitem__`, Pillow jitter, no workers, two encoder passes with autograd on, float32, a textbook decoder on the concatenated
 features, scores that leave the device at every step. Variants take turns in one process; a ratio is the median over the rounds of
 neighbours in time, quartiles behind it. Rates of a CPU are for reading down a column, not for comparing machines.
@@ -123,6 +123,34 @@ def scene(result: Mapping[str, Any]) -> str:
     return text + table(head, rows)
 
 
+def ranks(result: Mapping[str, Any]) -> str:
+    def rates(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+        return table(
+            ("", unit, "ratio", "quartiles"),
+            (
+                (
+                    name,
+                    f"{row['rate']:.2f}",
+                    f"**{row['ratio']:.2f}**",
+                    f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+                )
+                for name, row in rows.items()
+            ),
+        )
+
+    side, cores = result["side"], result["hardware"]["cores"]
+    return "\n".join(
+        (
+            f"Ratios against one process. All of them share {cores} cores: what is won is what threads lose by waiting for "
+            "each other, not the gain of more hardware.\n",
+            f"Training step of {result['batch']} pairs of {result['size']} x {result['size']} together:\n",
+            rates(result["train"], "pairs/s"),
+            f"`predict.py` on one scene of {side:,} x {side:,}:\n",
+            rates(result["scene"], "megapixels/s"),
+        )
+    )
+
+
 SECTIONS = {
     "train_step": "Training step",
     "train_step_keep_memory": "Training step, allocator that keeps freed memory",
@@ -130,10 +158,17 @@ SECTIONS = {
     "predict": "Prediction",
     "scene": "Scenes",
     "scene_without_network": "Scenes, without a network",
+    "ranks": "Several processes",
 }
 
 
-DRAWN_BY = {"loader": loader, "predict": predict, "scene": scene, "scene_without_network": scene}
+DRAWN_BY = {
+    "loader": loader,
+    "predict": predict,
+    "scene": scene,
+    "scene_without_network": scene,
+    "ranks": ranks,
+}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from checkpoint import read_checkpoint
 from maps import Kinds
 from predict import Config, predict, predict_pair
 from sample_data import make_pair
+from scenes import ScenePair
 
 TILE, NUM_TILES = 512, 8
 
@@ -60,13 +61,15 @@ def run(folder: Path, checkpoint: str | None, device: str, batch_size: int) -> N
     if checkpoint is None:
         config = Config("", str(before), str(after), batch_size=batch_size)
         kinds = Kinds.of("change", 1, {})
-        result = predict_pair(Brighter(), kinds, "scene", before, after, out, config=config)
+        pair = ScenePair("scene", before, after)
+        result = predict_pair(Brighter(), kinds, pair, out, config=config)
+        assert result is not None
     else:
         given = {"checkpoint": checkpoint, "before": before, "after": after, "output_dir": out}
         paths = {name: str(path) for name, path in given.items()}
         (result,) = predict({**paths, "device": device, "batch_size": batch_size})
     peak = measure.peak_memory(torch.device("cpu"))
-    print(result["seconds"], peak, result["changed"], result["polygons"])
+    print(result.seconds, peak, result.changed, result.polygons)
 
 
 def main() -> None:

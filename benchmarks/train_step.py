@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed import parallel
 from engine import Precision, Progress, train_one_epoch
 from hardware import keep_freed_memory
 from losses import CombinedIoULoss
@@ -65,7 +66,7 @@ def naive(device: torch.device, batch: Batch, steps: int) -> Work:
 def train(
     model: nn.Module, device: torch.device, batch: Batch, steps: int, amp: str = "bf16"
 ) -> Work:
-    """Train a model with the engine's own loop."""
+    """Train a model with the engine's own loop; `batch` is this process's part."""
     model.to(device)
     if hasattr(model, "encoder") and isinstance(model.encoder, Encoder):
         optimizer = build_optimizer(model, lr=1e-4, weight_decay=1e-4)  # type: ignore[arg-type]
@@ -73,10 +74,11 @@ def train(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scheduler = warmup_cosine(optimizer, warmup_steps=1, total_steps=10**6)
     criterion, precision = CombinedIoULoss(), Precision.named(amp, device)
+    in_training = parallel(model, device, has_idle_weights=False)
 
     def work() -> float:
         train_one_epoch(
-            model,
+            in_training,
             criterion,
             [batch] * steps,
             optimizer,

@@ -8,7 +8,7 @@ from data_helpers import save_tree
 from corruptions import CORRUPTIONS, CorruptedSource, blur, rotate, shift
 from dataset import open_dataset
 from image_io import IGNORE
-from sources import Source
+from sources import Source, Subset
 
 
 def image(height: int = 12, width: int = 17) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_blur_keeps_a_flat_image_and_small_ones() -> None:
 
 
 def test_some_of_the_pairs(source: Source) -> None:
-    part = CorruptedSource(source, CORRUPTIONS["blur"], 0, numbers=[1, 3])
+    part = CorruptedSource(Subset(source, [1, 3]), CORRUPTIONS["blur"], 0)
     assert [pair.name for pair in part.pairs] == ["val_1", "val_3"]
     assert len(part) == len(part.sizes) == 2
     assert torch.equal(part.planes(1), source.planes(3))

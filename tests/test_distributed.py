@@ -4,20 +4,26 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data_helpers import save_tree
+from data_helpers import picture, save, save_tree
+from PIL import Image
+from test_predict import checkpoint_of, geo_pair
 from torch import Tensor, nn
 
 import distributed
+import evaluate
 import main
+import predict
 from checkpoint import read_checkpoint
 from dataset import EpochSampler
 from engine import Precision, Progress, train_one_epoch
@@ -43,15 +49,20 @@ def tree(tmp_path: Path) -> Path:
     return save_tree(tmp_path / "levir", train=7, val=3, size=(64, 64))
 
 
-def launch(tmp_path: Path, *words: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+def launch(tmp_path: Path, *words: str, restarts: int = 0) -> subprocess.Popen:
     options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    return torchrun(SCRIPT, *options, f"--data-dir={tmp_path / 'levir'}",
+                    f"--output-dir={tmp_path / 'runs'}", "--no-mlflow", "--name=a", *words,
+                    restarts=restarts)  # fmt: skip
+
+
+def torchrun(script: Path, *words: object, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", f"--max-restarts={restarts}", str(SCRIPT), *options,
-               f"--data-dir={tmp_path / 'levir'}", f"--output-dir={tmp_path / 'runs'}",
-               "--no-mlflow", "--name=a", *words]  # fmt: skip
+               "--nproc-per-node=2", f"--max-restarts={restarts}", script, *words]  # fmt: skip
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        list(map(str, command)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def end(run: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
@@ -71,11 +82,11 @@ def wait_for(run: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"ended before {text!r}:\n{run.stderr.read() if run.stderr else ''}")
 
 
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
+def ranks_of(launcher: subprocess.Popen, script: Path = SCRIPT) -> list[int]:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     scripts = [
         child for child in children
-        if str(SCRIPT) in Path(f"/proc/{child}/cmdline").read_text()
+        if str(script) in Path(f"/proc/{child}/cmdline").read_text()
     ]  # fmt: skip
     return sorted(map(int, scripts))
 
@@ -326,3 +337,125 @@ def test_a_mistake_is_one_line_of_one_process(tree: Path, tmp_path: Path) -> Non
     _, errors = end(run)
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert ours == ["error: 1 pairs in a batch are too few for 2 processes"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P1", "P2", "P6")
+def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
+    save_tree(tmp_path / "levir", size=(270, 100), train=1, val=3, test=5)
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    given: dict[str, Any] = {
+        **{key: OPTIONS[key] for key in ("amp", "device", "cache", "workers")},
+        "data_dir": str(tmp_path / "levir"), "window": 128, "overlap": 32,
+    }  # fmt: skip
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    run = torchrun(Path(evaluate.__file__), checkpoint, *words, "--no-mlflow", "--robustness",
+                   "--json", "-o", tmp_path / "two")  # fmt: skip
+    evaluate.evaluate({"checkpoints": (str(checkpoint),), "output_dir": str(tmp_path / "one"),
+                       "mlflow": False, "robustness": True, **given})  # fmt: skip
+    out, errors = end(run)
+    assert run.returncode == 0, errors
+    assert errors.count("device  cpu") == 1 and "each of 2 processes" in errors
+    assert out == (tmp_path / "two" / "scores.json").read_text()
+    files = {path.name for path in (tmp_path / "one").iterdir() if "tfevents" not in path.name}
+    assert {p.name for p in (tmp_path / "two").iterdir() if "tfevents" not in p.name} == files
+    for name in files:
+        one, two = ((tmp_path / kind / name).read_bytes() for kind in ("one", "two"))
+        assert one == two, name
+    assert {p.name for p in tmp_path.iterdir()} == {"levir", "best.pt", "one", "two"}
+
+
+PREDICTION: dict[str, Any] = {"window": 64, "overlap": 16, "batch_size": 2, "amp": "off",
+                              "device": "cpu"}  # fmt: skip
+
+
+def predicting(*paths: Path) -> subprocess.Popen:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in PREDICTION.items()]
+    return torchrun(Path(predict.__file__), *options, *paths[:3], "-o", paths[3])
+
+
+def predict_alone(*paths: Path) -> None:
+    names = ("checkpoint", "before", "after", "output_dir")
+    predict.predict({**dict(zip(names, map(str, paths), strict=True)), **PREDICTION})
+
+
+def assert_same_maps(one: Path, two: Path) -> None:
+    """Masks are equal where the probability is not at the threshold, which rounding decides."""
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for path in one.glob("*_probability.*"):
+        mask = path.with_name(path.name.replace("probability", "mask"))
+        steps, other, classes, others = (
+            np.asarray(Image.open(folder / name.name)).astype(int)
+            for name in (path, mask) for folder in (one, two)
+        )  # fmt: skip
+        assert np.abs(steps - other).max() <= 1 and steps.std() > 0
+        assert np.array_equal(classes[steps != 127], others[steps != 127])
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P1", "P6", "U4")
+def test_two_processes_map_one_scene_as_one(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    files = geo_pair(tmp_path, 150, 200)
+    run = predicting(checkpoint, *files, tmp_path / "two")
+    predict_alone(checkpoint, *files, tmp_path / "one")
+    out, errors = end(run)
+    assert run.returncode == 0, errors
+    assert out.count("threshold 0.5") == out.count("200 x 150") == 1
+    assert_same_maps(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P1", "P2", "P5", "P6")
+def test_two_processes_map_three_scenes_as_one(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    for number, name in enumerate("abc"):  # c is left over, and narrower than two windows
+        size = (200, 50) if name == "c" else (70, 130)
+        for folder in ("A", "B"):
+            pixels = picture(10 * number + (folder == "B"), *size)
+            save(tmp_path / folder / f"{name}.png", pixels)
+    run = predicting(checkpoint, tmp_path / "A", tmp_path / "B", tmp_path / "two")
+    predict_alone(checkpoint, tmp_path / "A", tmp_path / "B", tmp_path / "one")
+    out, errors = end(run)
+    assert run.returncode == 0, errors
+    lines = [line for line in out.splitlines() if "changed" in line]
+    assert [Path(line.partition("_*")[0]).name for line in lines] == ["a", "b", "c"]
+    assert_same_maps(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P3", "U4")
+@pytest.mark.parametrize("name", ["b", "c"])  # one process reads b, both read c
+def test_a_broken_scene_ends_all(name: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    for folder in ("A", "B"):
+        for stem in "abc":
+            save(tmp_path / folder / f"{stem}.png", picture(1, 70, 130))
+    whole = tmp_path / "B" / f"{name}.png"
+    whole.write_bytes(whole.read_bytes()[:5000])  # the header is fine
+    run = predicting(checkpoint, tmp_path / "A", tmp_path / "B", tmp_path / "out")
+    _, errors = end(run, timeout=60)
+    assert run.returncode == 1
+    ours = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1 and str(whole) in ours[0]
+    assert "exitcode  : 2" in errors
+    written = {path.name[0] for path in (tmp_path / "out").iterdir()}
+    assert written <= {"a", "b", "c"} - {name}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("P7", "U4")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_shared_scene(number: signal.Signals, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
+    files = [save(tmp_path / f"{i}.png", picture(i, 4000, 2000)) for i in (1, 2)]
+    run = predicting(checkpoint, *files, tmp_path / "out")
+    wait_for(run, "threshold 0.5")
+    while not list(tmp_path.glob("out/.unfinished-*/")):
+        time.sleep(0.1)
+    for process in [*ranks_of(run, Path(predict.__file__)), run.pid]:
+        os.kill(process, number)
+    _, errors = end(run, timeout=60)
+    assert errors.count("stopped after 0 of 1 scenes") == 1
+    assert errors.count("stopping after this step") == 1
+    assert list((tmp_path / "out").iterdir()) == []

@@ -24,7 +24,7 @@ import splits
 from checkpoint import read_checkpoint, save_checkpoint
 from corruptions import CORRUPTIONS
 from errors import UserError
-from evaluate import caution_of, run
+from evaluate import caution_of, score
 from main import train
 from score_report import as_json, summarize, text
 
@@ -120,7 +120,7 @@ def test_an_evaluation_leaves_everything_it_promises(
 def test_json_is_all_of_stdout_and_holds_every_number_of_the_table(
     trained: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run({"checkpoints": (str(trained),), **FAST, "json": True})
+    score({"checkpoints": (str(trained),), **FAST, "json": True})
     said = capsys.readouterr()
     report = json.loads(said.out)
     assert "levir (split folders)" in said.err
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
+    monkeypatch.setattr(evaluate, "measure", None)
     with pytest.raises(UserError, match="file/x: cannot be written"):
         evaluated(trained, output_dir=str(tmp_path / "file" / "x"))
 
@@ -224,6 +224,15 @@ def test_other_data_is_told_apart(trained: Path, tmp_path: Path) -> None:
     assert not report["runs"][0]["trained_on_this_data"]
     assert (trained / "evaluation" / "elsewhere-val" / "scores.json").is_file()
     assert "OPTIMISTIC: the thresholds with * were chosen on these pairs" in text(report)
+
+
+def test_protocols_that_are_the_same_are_computed_once(trained: Path, tmp_path: Path) -> None:
+    single = save_tree(tmp_path / "single", train=1, val=2, test=1)
+    report = evaluated(trained, data_dir=str(single))
+    assert list(report["runs"][0]["protocols"]) == ["patches"]
+    assert "all images are 32 x 32: whole and sliding would be the same" in text(report)
+    report = evaluated(trained, data_dir=str(single), window=16, overlap=4)
+    assert len(report["runs"][0]["protocols"]) == 3
 
 
 def test_who_chose_on_a_split_says_so() -> None:

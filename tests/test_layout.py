@@ -12,7 +12,7 @@ FLOORS = {
     "sync_batch_norm": 2,
     "sources": 3, "data_check": 3, "metrics": 3, "optimizer": 3, "checkpoint": 3, "sample_run": 3,
     "raster": 3, "polygons": 4, "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
-    "corruptions": 4, "counts": 4, "visualize": 5, "catalogue": 5, "inference": 5,
+    "scenes": 4, "corruptions": 4, "counts": 4, "visualize": 5, "catalogue": 5, "inference": 5,
     "splits": 5, "learner": 5, "matrices": 6, "attention": 6, "protocols": 6, "maps": 6,
     "recorder": 7, "evaluation": 7, "plots": 8, "score_report": 8, "evaluation_record": 9,
     "torch_file": 0, "download": 2,

@@ -25,7 +25,7 @@ def polygons_of(
     a = write_tif(folder / "classes.tif", classes[None], nodata=255, **grid)
     b = write_tif(folder / "chance.tif", chance[None], **grid)
     path = folder / "polygons.geojson"
-    number = write_polygons(path, a, b, describe=lambda value: {"class": value}, **options)
+    number, _ = write_polygons(path, a, b, describe=lambda value: {"class": value}, **options)
     features = json.loads(path.read_text())["features"]
     assert len(features) == number
     return features
@@ -104,7 +104,7 @@ def test_small_polygons_and_holes(tmp_path: Path) -> None:
     classes[40:42, 40:42] = 1  # 1 m^2
     chance = np.where(classes == 1, 0.9, 0.1).astype(np.float32)
 
-    def areas(**options: float) -> list[tuple[int, int, float]]:
+    def areas(**options: Any) -> list[tuple[int, int, float]]:
         found = polygons_of(tmp_path, classes, chance, **options)
         return [
             (
@@ -117,9 +117,23 @@ def test_small_polygons_and_holes(tmp_path: Path) -> None:
 
     assert areas() == [(84, 2, 0.9), (1, 0, 0.9)]
     assert areas(min_area=2) == [(84, 2, 0.9)]
+    assert areas(min_area=None) == [(84, 2, 0.9)]
     assert areas(min_area=2, fill_holes=5) == [(88, 1, 0.9)]
     assert areas(min_area=2, fill_holes=50) == [(100, 0, 0.9)]
     assert areas(min_area=99) == [] and areas(min_area=99, fill_holes=50) == [(100, 0, 0.9)]
+
+
+@pytest.mark.parametrize("lat", [0.5, 60.0])
+def test_by_default_fewer_than_ten_pixels_are_left_out(tmp_path: Path, lat: float) -> None:
+    classes = np.zeros((60, 60), dtype=np.uint8)
+    classes[2, 2:11] = 1
+    classes[58, 2:12] = 1
+    grid = {"crs": "EPSG:4326", "transform": from_origin(10, lat, 1e-3, 1e-3)}
+    (feature,) = polygons_of(tmp_path, classes, min_area=None, **grid)
+    assert feature["properties"]["area_m2"] == pytest.approx(
+        of_quadrangle(lat - 0.058, 0.001, 0.01), rel=1e-4
+    )
+    assert len(polygons_of(tmp_path, classes, **grid)) == 2
 
 
 def test_pixels_that_touch_at_a_corner_are_two_polygons(tmp_path: Path) -> None:

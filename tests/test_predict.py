@@ -18,11 +18,13 @@ from torch import Tensor, nn
 import predict
 from checkpoint import load_model, save_checkpoint
 from errors import Interrupted, UserError
+from evaluation_record import stored_threshold
 from image_io import read_image, read_label
 from inference import predict_scene
 from maps import Kinds
 from model import build_model
-from predict import Config, find_pairs, predict_pair
+from predict import Config, Mapped, predict_pair
+from scenes import ScenePair, find_scenes
 
 SCRIPT = Path(predict.__file__)
 BINARY = Kinds.of("change", 1, {})
@@ -68,7 +70,7 @@ def opened(path: Path) -> Image.Image:
         return image
 
 
-def run(*words: object, **options: Any) -> list[dict[str, float]]:
+def run(*words: object, **options: Any) -> list[Mapped]:
     names = ("checkpoint", "before", "after", "output_dir")
     options = {"window": 64, "overlap": 16, "amp": "off", "device": "cpu", **options}
     given = dict(zip(names, map(str, words), strict=True))
@@ -83,9 +85,11 @@ def pair(
     *,
     kinds: Kinds = BINARY,
     **options: Any,
-) -> dict[str, float]:
+) -> Mapped:
     config = Config("", "", "", **{"window": 64, "overlap": 16, **options})
-    return predict_pair(model, kinds, "x", before, after, folder, config=config)
+    mapped = predict_pair(model, kinds, ScenePair("x", before, after), folder, config=config)
+    assert mapped is not None
+    return mapped
 
 
 def test_plain_pair_gives_what_python_gives(
@@ -109,7 +113,7 @@ def test_plain_pair_gives_what_python_gives(
     assert set(np.unique(read_label(tmp_path / "out" / "a_mask.png"))) <= {0, 255}
     assert opened(tmp_path / "out" / "a_overlay.png").size == (110, 90)
     assert len(list((tmp_path / "out").iterdir())) == 3
-    assert result["changed"] == pytest.approx(np.asarray(mask).mean())
+    assert result.changed == pytest.approx(np.asarray(mask).mean())
     assert "110 x 90" in capsys.readouterr().out
 
 
@@ -141,14 +145,14 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     stored = np.asarray(opened(tmp_path / "a" / "1_probability.tif"))
     assert np.array_equal(np.asarray(opened(tmp_path / "a" / "1_mask.png")), stored > 0.3125)
     scores.write_text(json.dumps({"runs": [run_of], "val_pairs": 3}))
-    assert predict.stored_threshold(Path(best)) is None
+    assert stored_threshold(Path(best)) is None
     foreign = {**run_of, "trained_on_this_data": False}
     scores.write_text(json.dumps({"runs": [foreign], "val_pairs": 64}))
-    assert predict.stored_threshold(Path(best)) is None
+    assert stored_threshold(Path(best)) is None
     os.utime(scores, (1, 1))  # older than the checkpoint
-    assert predict.stored_threshold(Path(best)) is None
+    assert stored_threshold(Path(best)) is None
     scores.write_text("{")
-    assert predict.stored_threshold(Path(best)) is None
+    assert stored_threshold(Path(best)) is None
 
 
 def test_classes_have_values_a_palette_and_no_threshold(tmp_path: Path) -> None:
@@ -179,9 +183,9 @@ def test_folders_are_paired_by_stem(checkpoint: Path, tmp_path: Path) -> None:
     ).is_file()
     save(tmp_path / "A" / "c.png", picture(1))
     with pytest.raises(UserError, match=r"1 files have no partner.*c\.png"):
-        find_pairs(tmp_path / "A", tmp_path / "B")
+        find_scenes(tmp_path / "A", tmp_path / "B")
     with pytest.raises(UserError, match="two files or two folders"):
-        find_pairs(tmp_path / "A", tmp_path / "B" / "a.jpg")
+        find_scenes(tmp_path / "A", tmp_path / "B" / "a.jpg")
 
 
 def test_what_is_there_stays_unless_asked(checkpoint: Path, tmp_path: Path) -> None:
@@ -194,6 +198,16 @@ def test_what_is_there_stays_unless_asked(checkpoint: Path, tmp_path: Path) -> N
     assert mine.read_bytes() == before and len(list(mine.parent.iterdir())) == 2
     run(checkpoint, *files, tmp_path / "out", overwrite=True)
     assert mine.read_bytes() != before
+
+
+def test_a_fault_of_the_input_is_named_before_the_output(checkpoint: Path, tmp_path: Path) -> None:
+    before = save(tmp_path / "1.png", picture(1))
+    save(tmp_path / "out" / "1_mask.png", picture(3))
+    with pytest.raises(UserError, match=r"2\.png: no such file"):
+        run(checkpoint, before, tmp_path / "2.png", tmp_path / "out")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2\.png: "):
+        run(checkpoint, before, tmp_path / "2.png", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +274,7 @@ def test_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> Non
         "class": 1, "name": "change", "mean_probability": pytest.approx(expected, abs=0.002),
         "area_m2": pytest.approx(150 / 0.9996**2, rel=1e-4),
     }  # fmt: skip
-    assert result["polygons"] == 1 and result["changed"] == pytest.approx(truth.mean())
+    assert result.polygons == 1 and result.changed == pytest.approx(truth.mean())
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "x_mask.tif", "x_overlay.png", "x_polygons.geojson", "x_probability.tif",
     ]  # fmt: skip
@@ -276,7 +290,7 @@ def test_no_data_stays_no_data(tmp_path: Path) -> None:
     result = pair(tmp_path / "out", Difference(), *files, probability="float32")
     mask, chance = (read_tif(tmp_path / "out" / f"x_{n}.tif")[0] for n in ("mask", "probability"))
     assert (mask == 255).all() and np.isnan(chance).all()
-    assert result["polygons"] == 0 and result["changed"] == 0
+    assert result.polygons == 0 and result.changed == 0
 
 
 @pytest.mark.fault("U2")

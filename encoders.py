@@ -90,8 +90,10 @@ class Encoder(nn.Module):
         image = (image - self.mean) / self.std
         if self.multiple > 1:
             height, width = image.shape[-2:]
-            # rounded up in this way, exporters know that what they get divides by `multiple`
-            rows, columns = (-(-side // self.multiple) * self.multiple for side in (height, width))
+            # as exporters need it: from a remainder they don't see that the sum divides by
+            # `multiple`, and ONNX divides negative numbers towards 0
+            up = self.multiple - 1
+            rows, columns = ((n + up) // self.multiple * self.multiple for n in (height, width))
             image = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
         if not self.frozen:
             return _as_list(self.backbone(image))

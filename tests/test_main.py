@@ -379,7 +379,7 @@ def test_classes_are_those_of_the_file_beside_the_data(
     assert state["model_kwargs"]["num_classes"] == 3
     assert state["data"]["class_names"] == ["none", "road", "fire"]
     said = capsys.readouterr().out
-    assert "IoU of fire" in said and "mean iou of change" in said
+    assert "IoU of fire" in said and "mean IoU of change" in said
     with pytest.raises(UserError, match="--num-classes 4: .*classes.json"):
         train(options(tree, num_classes=4))
 

@@ -10,11 +10,8 @@ PNGs (and TIFF for float32). All is written into a folder of its own and moved i
 is whole, so that no file that looks complete is not.
 """
 
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -340,26 +337,6 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
     files = (f"{name}_{layer}{end}" for name in names for layer in LAYERS for end in ENDINGS)
     if there := next((folder / file for file in files if (folder / file).exists()), None):
         raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
-
-
-@contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder whose files move into `folder` if the `with` ends well.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
-    try:
-        yield beside
-        for path in sorted(beside.iterdir()):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _full_palette(palette: Sequence[Color]) -> Bytes:

@@ -67,7 +67,8 @@ from errors import Interrupted, StopRequest, UserError
 from evaluation_record import stored_threshold
 from hardware import explain_out_of_memory, keep_freed_memory, pick_device
 from inference import predict_bands
-from maps import Kinds, SceneMaps, check_free, unfinished
+from maps import Kinds, SceneMaps, check_free
+from output_folder import unfinished
 from raster import Scene, open_scene
 from scenes import ScenePair, find_scenes
 

@@ -11,9 +11,11 @@ import torch
 from data_helpers import picture, save
 from PIL import Image
 from test_predict import checkpoint_of
+from torch import Tensor, nn
 
 import export
 from checkpoint import load_model
+from encoders import Encoder, Stages
 from errors import UserError
 from inference import predict_scene
 
@@ -87,6 +89,37 @@ def test_semantic_model_with_cross_attention_is_exported(tmp_path: Path) -> None
     worst = export.export({"checkpoint": str(checkpoint), "input": "float32"})
     assert max(worst.values()) < 1e-4
     assert "1 + 2K" in (tmp_path / "best_onnx.py").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_that_have_to_be_padded_are_exported(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Padding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            stem = nn.Conv2d(3, 2, 4, stride=4)
+            self.encoder = Encoder(
+                Stages(nn.Sequential(stem, nn.Identity()), channels_last=False),
+                (2,),
+                (4,),
+                multiple=32,
+            )
+
+        def forward(self, before: Tensor, after: Tensor) -> Tensor:
+            return self.encoder(before.float() / 255)[0] + after.float().mean()
+
+    model = Padding().eval()
+    _, onnx = export.trace(model, "uint8")
+    onnx.save(tmp_path / "a.onnx", external_data=False)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for shape in ((1, 3, 289, 383), (2, 3, 320, 288), (1, 3, 33, 1)):
+        before, after = export.random_pair(shape)
+        (found,) = session.run(None, {"before": before.numpy(), "after": after.numpy()})
+        expected = model(before, after).detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+        rows, columns = (-(-side // 32) * 8 for side in shape[2:])
+        assert found.shape == (shape[0], 2, rows, columns)
 
 
 def test_a_program_that_differs_is_refused() -> None:

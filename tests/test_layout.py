@@ -9,7 +9,7 @@ FLOORS = {
     "errors": 0, "file_lock": 0, "transforms": 0, "fusion": 0, "sample_scene": 0, "objects": 0,
     "classes": 1, "config": 1, "layouts": 1, "hardware": 1, "encoders": 1, "distributed": 1,
     "image_io": 2, "sample_data": 2, "model": 2, "pretrained": 2, "tracking": 2,
-    "sync_batch_norm": 2,
+    "sync_batch_norm": 2, "output_folder": 1,
     "sources": 3, "data_check": 3, "metrics": 3, "optimizer": 3, "checkpoint": 3, "sample_run": 3,
     "raster": 3, "polygons": 4, "dataset": 4, "losses": 4, "engine": 4, "run_folder": 4,
     "scenes": 4, "corruptions": 4, "counts": 4, "visualize": 5, "catalogue": 5, "inference": 5,

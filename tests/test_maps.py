@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import maps
-from errors import UserError
-from maps import Kinds, Overlay, code_probability, unfinished
+from maps import Kinds, Overlay, code_probability
 from raster import Grid
 
 
@@ -78,19 +77,3 @@ def test_kinds_take_names_and_colours_that_fit() -> None:
     many = Kinds.of("change", 20, data)
     assert len(many.palette) == 20 and many.names[19] == "19"
     assert (np.array(many.palette[1:]).sum(1) > 0).all()  # black is no change alone
-
-
-@pytest.mark.fault("U4")
-def test_files_appear_when_all_are_whole(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(RuntimeError), unfinished(out) as folder:
-        (folder / "a.txt").write_text("half")
-        raise RuntimeError
-    assert list(out.iterdir()) == []
-    with unfinished(out) as folder:
-        (folder / "a.txt").write_text("whole")
-        assert not (out / "a.txt").exists()
-    assert [p.name for p in out.iterdir()] == ["a.txt"]
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written to"), unfinished(tmp_path / "file"):
-        pass

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classes import Classes
-from errors import UserError
+from errors import UserError, visible
 from image_io import (
     Bytes,
     MaskCoding,
@@ -172,6 +172,13 @@ def check(
     ]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return DataSummary(coding, splits, tuple(warnings), fingerprint)
+
+
+def show(summary: DataSummary, layout: Layout) -> None:
+    """Print what there is, and what is odd about it."""
+    print(f"data    {layout.root} ({layout.description})\n{summary.table()}")
+    for warning in summary.warnings:
+        print(f"warning: {visible(warning)}")
 
 
 class _Memo:

@@ -61,7 +61,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from checkpoint import read_checkpoint, restore_model
 from classes import choose_classes
-from data_check import check
+from data_check import check, show
 from distributed import from_rank_0, in_turn, local_rank, local_world_size, rank, run, world_size
 from errors import UserError
 from evaluation import ROBUSTNESS_PROTOCOL, ProtocolResult, evaluate_protocol, measure_robustness
@@ -246,9 +246,7 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
     )
     cache = ROOT / "data" / "cache"
     checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache / "checked.json")
-    print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
-    for warning in checked.warnings:
-        print(f"warning: {warning}")
+    show(checked, layout)
 
     def source(split: str) -> Source:
         pairs = layout.splits[split]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from classes import Classes
-from data_check import DataSummary, check
+from data_check import DataSummary, check, show
 from dataset import ChangeDataset, PairLoader, make_loader
 from distributed import local_world_size, world_size
-from errors import UserError, visible
+from errors import UserError
 from hardware import default_workers
 from layouts import Layout
 from losses import balanced_weights
@@ -82,9 +82,7 @@ def open_data(
         UserError: a fault in the data, all of them named.
     """
     checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache_dir / "checked.json")
-    print(f"data    {layout.root} ({layout.description})\n{checked.table()}")
-    for warning in checked.warnings:
-        print(f"warning: {visible(warning)}")
+    show(checked, layout)
 
     def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
         pairs = layout.splits[split]

@@ -11,6 +11,7 @@ No random state is kept, for there is none: order, crops and augmentation are fu
 (seed, epoch, index), and the model draws nothing.
 """
 
+import hashlib
 import os
 import platform
 import reprlib
@@ -66,6 +67,12 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, keep_previous: bool
             f"{path}: cannot be saved, it needs {needed:.0f} MB and {free:.0f} MB are free "
             f"({reason}); make room and resume, the checkpoint before it is untouched"
         ) from None
+
+
+def digest_of(path: Path) -> str:
+    """Return what tells one checkpoint file from another, wherever it was copied to."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def previous_of(path: Path) -> Path:

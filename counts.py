@@ -10,6 +10,7 @@ curves and the calibration all come from these counts. A probability is kept as 
 so that `> threshold` is exact for every threshold i / 256.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -237,11 +238,12 @@ class SplitCounts:
         rng = np.random.default_rng(seed)
         times = rng.multinomial(num, np.full(num, 1 / num), size=num_resamples)
         values = [self._score(np.tensordot(of_image, matrices, 1)) for of_image in times]
-        return {
-            name: (float(low), float(high))
-            for name in values[0]
-            for low, high in [np.percentile([v[name] for v in values], [2.5, 97.5])]
-        }
+        intervals = {}
+        for name in values[0]:
+            known = [v[name] for v in values if not math.isnan(v[name])]  # of classes drawn
+            low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
+            intervals[name] = float(low), float(high)
+        return intervals
 
     def precision_recall(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return precision and recall at the thresholds i / 256, each (256,)."""
@@ -301,7 +303,8 @@ def dice_per_image(matrices: Counts) -> dict[str, float]:
     share as its score: 0.55 on LEVIR-CD's patches.
 
     Args:
-        matrices: (N, C, C), collapsed to change; images without a counted pixel are left out.
+        matrices: (N, C, C), all classes but 0 being change; images without a counted pixel are left
+            out.
     """
     matrices = matrices[matrices.sum((1, 2)) > 0]
     hits = matrices[:, 1:, 1:].sum((1, 2))

@@ -333,10 +333,10 @@ def _twins(layout: Layout, records: dict[Path, FileRecord]) -> list[str]:
     seen: dict[str, tuple[str, Path]] = {}
     found = []
     for name, split in layout.splits.items():
-        for pair in split:
-            first = seen.setdefault(records[pair.before].digest, (name, pair.before))
+        for path in (path for pair in split for path in (pair.before, pair.after)):
+            first = seen.setdefault(records[path].digest, (name, path))
             if first[0] != name:
-                found.append(f"{pair.before} ({name}) is the same image as {first[1]} ({first[0]})")
+                found.append(f"{path} ({name}) is the same image as {first[1]} ({first[0]})")
     return found[:20] + ([f"... and {len(found) - 20} more"] if len(found) > 20 else [])
 
 

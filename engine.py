@@ -132,7 +132,7 @@ def train_one_epoch(
         progress: updated in place.
         precision: of the forward pass.
         num_batches: of the whole epoch.
-        batch_size: pairs in a batch, of all processes together; None where there is one process.
+        batch_size: pairs in a batch, of all processes together; None where each has as many.
         accumulate: batches per update.
         clip_norm: limit of the gradient's norm; 0 is none.
         after_update: called after each update, where the state of the run is whole; it may draw
@@ -153,7 +153,7 @@ def train_one_epoch(
         group_size = min(accumulate, num_batches - group_start)
         is_update = progress.batch + 1 - group_start == group_size
         # 1, but where the processes' parts of a batch differ in size
-        weight = len(target) * world_size() / (batch_size or len(target))
+        weight = len(target) * world_size() / batch_size if batch_size else 1.0
         with nullcontext() if is_update else no_sync(model):
             with precision.autocast(device):
                 logits = model(before, after)

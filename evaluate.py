@@ -59,7 +59,7 @@ class Config:
 if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, description=__doc__)
 
-from checkpoint import read_checkpoint, restore_model
+from checkpoint import digest_of, read_checkpoint, restore_model
 from classes import choose_classes
 from data_check import check, show
 from distributed import from_rank_0, in_turn, local_rank, local_world_size, rank, run, world_size
@@ -302,7 +302,11 @@ def measure(config: Config, predictor: Predictor, protocols: Sequence[str], data
     rows: list[dict[str, Any]] = []
     if config.robustness:
         rows = measure_robustness(
-            predictor, data.split, max_pairs=config.robustness_pairs, names=data.names
+            predictor,
+            data.split,
+            max_pairs=config.robustness_pairs,
+            names=data.names,
+            min_pixels=config.min_object,
         )
     return Measured(results, rows, predictor.rule)
 
@@ -316,6 +320,7 @@ def describe_checkpoint(
     knows_data = is_own or state["data"].get("fingerprint") == data.fingerprint
     report: Report = {
         "checkpoint": str(path),
+        "sha256": digest_of(path),
         "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),
         "trained_on_this_data": knows_data,
         "caution": caution_of(config.split, knows_data),

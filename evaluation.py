@@ -110,6 +110,7 @@ def measure_robustness(
     *,
     max_pairs: int,
     names: Sequence[str] | None = None,
+    min_pixels: int = 1,
 ) -> list[dict[str, Any]]:
     """Score at the default operating point with the later date corrupted, by patches.
 
@@ -118,6 +119,7 @@ def measure_robustness(
         source: the split.
         max_pairs: to use, spread evenly over the split; 0 is all.
         names: of the classes.
+        min_pixels: of an object that counts.
 
     Returns:
         A row for each corruption and level: both, the number of pairs and of counted pixels, and
@@ -142,6 +144,7 @@ def measure_robustness(
                 *predicted,
                 points={DEFAULT: None},
                 num_labels=len(empty().classes),
+                min_pixels=min_pixels,
             )
             for number, predicted in _predict_share(predictor, corrupted, ROBUSTNESS_PROTOCOL)
         }

@@ -22,6 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from checkpoint import digest_of
 from counts import ImageCounts
 from errors import UserError
 from evaluation import ProtocolResult
@@ -90,18 +91,18 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
 def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
     """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
 
-    Of overlapping windows if that protocol was evaluated, else of the first one. An evaluation
-    that is older than the checkpoint, of other data than the training's, of fewer than
-    `FEW_PAIRS`, or that cannot be read, does not count.
+    Of overlapping windows if that protocol was evaluated, else of the first one. The newest counts
+    that is beside the checkpoint, or beside its run where several were evaluated together. One of
+    another checkpoint, of other data than the training's, of fewer than `FEW_PAIRS`, or that cannot
+    be read, does not count.
     """
-    found = list(checkpoint.parent.glob("evaluation/*/scores.json"))
+    run_dir = checkpoint.resolve().parent
+    found = [p for home in (run_dir, run_dir.parent) for p in home.glob("evaluation/*/scores.json")]
+    digest = digest_of(checkpoint) if found else ""
     for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
-        if path.stat().st_mtime < checkpoint.stat().st_mtime:
-            continue
         try:
             report = json.loads(path.read_text("utf-8"))
-            runs = report["runs"]
-            (run,) = (r for r in runs if Path(r["checkpoint"]).name == checkpoint.name)
+            run = next(r for r in report["runs"] if r["sha256"] == digest)
             if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
                 continue
             protocols = run["protocols"]

@@ -256,12 +256,18 @@ def build_loss(
     return SemanticLoss(loss, class_weights) if task == "semantic" else loss
 
 
-def check_loss(name: str) -> None:
-    """Raise UserError, with the known names, for a loss that there is not."""
+def check_loss(name: str, class_weights: str = "none", task: str = "change") -> None:
+    """Raise UserError for a loss that there is not, or weights of classes that it does not use."""
     if unknown := set(name.split("+")) - set(LOSSES):
         raise UserError(
             f"--loss {name}: {', '.join(map(repr, sorted(unknown)))} is none; "
             f"choose of {', '.join(LOSSES)}, or a sum such as bce_iou+focal"
+        )
+    has_entropy = task == "semantic" or not {"bce_iou", "ce"}.isdisjoint(name.split("+"))
+    if class_weights != "none" and not has_entropy:
+        raise UserError(
+            f"--class-weights {class_weights}: weighs cross-entropies, and --loss {name} has none; "
+            f"try ce+{name}"
         )
 
 

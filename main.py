@@ -28,7 +28,7 @@ class Config:
     data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
     download: bool = option(False, "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/", resumable=True)  # noqa: E501
     task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
-    num_classes: int | None = option(None, "1 = change; 3 = none, road, building; K; else as classes.json of the data says, else 1, or 6 of --task semantic", at_least=1, at_most=249)  # noqa: E501
+    num_classes: int | None = option(None, "1 = change or not; K > 1 counts 'no change' too; of --task semantic kinds of land cover; else as classes.json beside the data, else 1, or 6", at_least=1, at_most=250)  # noqa: E501
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
     crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
 
@@ -41,8 +41,8 @@ class Config:
     # loss
     loss: str = option("bce_iou", "bce_iou, ce, dice, focal, or a sum such as bce_iou+focal")
     class_weights: str = option("none", "of cross-entropies; balanced = rare classes more", choices=("none", "balanced"))  # noqa: E501
-    bce_weight: float = option(1.0, "factor of the cross-entropy", at_least=0)
-    iou_weight: float = option(1.0, "factor of 1 - soft IoU", at_least=0)
+    bce_weight: float = option(1.0, "of bce_iou: factor of the cross-entropy", at_least=0)
+    iou_weight: float = option(1.0, "of bce_iou: factor of 1 - soft IoU", at_least=0)
 
     # training
     epochs: int = option(30, "passes over the training split", above=0, resumable=True)
@@ -365,7 +365,7 @@ def choose_options(given: dict[str, Any]) -> tuple[Config, Path | None, dict[str
         if changed := cli.differences(saved, config):
             raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
     check_names(config.task, config.backbone, config.fusion)
-    check_loss(config.loss)
+    check_loss(config.loss, config.class_weights, config.task)
     SaveEvery(config.save_every)
     if not state:
         check_source(config.weights)
@@ -423,7 +423,7 @@ def build(
             else load_weights(model.encoder, config.backbone, config.weights)
         )
     )
-    is_pretrained = not weights.startswith("none")
+    is_pretrained = config.weights != "none"
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()
     model.to(device)

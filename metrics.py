@@ -14,7 +14,7 @@ Dice and F1 of a class are the same number; IoU = Dice / (2 - Dice).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -124,12 +124,13 @@ class Confusion:
             return torch.bmm(truth, claim.mT).sum(0).long()
 
     def scores(self) -> dict[str, float]:
-        """Return every score; 0 / 0 counts as 1 where a class is neither there nor predicted.
+        """Return every score.
 
-        A precision without claims is 0 if something was missed, a recall without change likewise.
-
-        Change-class scores first: with K > 2, "change" is every class but 0. With more than two
-        classes, those of each class follow, and the mean IoU with and without class 0.
+        Those of change come first: with K > 2, "change" is every class but 0. Where there is none
+        and none is predicted, they are 1; a precision without claims is 0 if something was missed,
+        a recall without change likewise. With more than two classes, those of each class follow,
+        and the mean IoU without class 0. A class that is neither there nor predicted has NaN, and
+        is left out of means (as in mmsegmentation).
         """
         matrix = self.matrix.cpu().double()
         binary = torch.stack(
@@ -158,8 +159,8 @@ class Confusion:
             scores |= {
                 f"iou/{name}": ious[k],
                 f"dice/{name}": dices[k],
-                f"precision/{name}": _ratio(hits[k], claims[k], otherwise=float(not truth[k])),
-                f"recall/{name}": _ratio(hits[k], truth[k], otherwise=float(not claims[k])),
+                f"precision/{name}": _ratio(hits[k], claims[k], 0.0 if truth[k] else math.nan),
+                f"recall/{name}": _ratio(hits[k], truth[k], 0.0 if claims[k] else math.nan),
             }
         return scores
 
@@ -299,12 +300,16 @@ def _ratio(part: float, whole: float, otherwise: float = 1.0) -> float:
 
 def _dice(matrix: Tensor) -> list[float]:
     sizes = matrix.sum(0) + matrix.sum(1)
-    return [_ratio(2 * h, s) for h, s in zip(matrix.diag().tolist(), sizes.tolist(), strict=True)]
+    return [2 * h / s if s else math.nan for h, s in _pairs(matrix.diag(), sizes)]
 
 
 def _iou(matrix: Tensor) -> list[float]:
     unions = matrix.sum(0) + matrix.sum(1) - matrix.diag()
-    return [_ratio(h, u) for h, u in zip(matrix.diag().tolist(), unions.tolist(), strict=True)]
+    return [h / u if u else math.nan for h, u in _pairs(matrix.diag(), unions)]
+
+
+def _pairs(first: Tensor, second: Tensor) -> Iterator[tuple[float, float]]:
+    return zip(first.tolist(), second.tolist(), strict=True)
 
 
 def _kappa(matrix: Tensor) -> float:
@@ -317,4 +322,6 @@ def _kappa(matrix: Tensor) -> float:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    """Return the mean over the classes that there are, 1 if there are none."""
+    there = [value for value in values if not math.isnan(value)]
+    return _ratio(sum(there), len(there))

@@ -60,7 +60,8 @@ def write_polygons(
         unit: what a step of the probability's values is.
         min_area: of a polygon, in square metres; smaller ones are left out. None is that of as many
             pixels as an object has that `objects.py` counts.
-        fill_holes: holes of up to so many square metres are filled.
+        fill_holes: holes of up to so many square metres are filled, unless they hold other change
+            or pixels without data.
 
     Returns:
         The number of polygons, and of those left out.
@@ -112,7 +113,11 @@ def _polygons(source: Any, min_area: float | None, fill_holes: float) -> tuple[l
         kept: list[Polygon] = []
         for value, rings in chunk:
             areas = [signed_area(next(flat)) for _ in rings]
-            is_kept = [True, *(abs(area) > fill_holes for area in areas[1:])]
+            holes = zip(rings[1:], areas[1:], strict=True)
+            is_kept = [
+                True,
+                *(abs(a) > fill_holes or not _is_unchanged(source, ring) for ring, a in holes),
+            ]
             area = sum(abs(a) * (1 if i == 0 else -1) for i, a in enumerate(areas) if is_kept[i])
             if area >= min_area:
                 left = [ring for ring, keep in zip(rings, is_kept, strict=True) if keep]
@@ -123,6 +128,23 @@ def _polygons(source: Any, min_area: float | None, fill_holes: float) -> tuple[l
         found += kept
         num_left_out += len(chunk) - len(kept)
     return found, num_left_out
+
+
+def _is_unchanged(source: Any, hole: Points) -> bool:
+    """Whether a hole holds class 0 alone: neither a polygon of its own nor pixels without data."""
+    from rasterio.features import geometry_mask
+    from rasterio.windows import Window
+
+    columns, rows = np.round(place(~source.transform, *hole.T))
+    left, top = int(columns.min()), int(rows.min())
+    window = Window(left, top, int(columns.max()) - left, int(rows.max()) - top)
+    inside = source.read(1, window=window)
+    is_outside = geometry_mask(
+        [{"type": "Polygon", "coordinates": [hole.tolist()]}],
+        out_shape=inside.shape,
+        transform=source.window_transform(window),
+    )
+    return not inside[~is_outside].any()
 
 
 def _pixel_area(source: Any, equal_area: str) -> float:

@@ -3,6 +3,7 @@
 Of several processes one has a tracker and writes; all call the same methods.
 """
 
+import math
 import os
 import re
 import time
@@ -157,7 +158,8 @@ class Recorder:
             f"  {name:38} {best[key]:.4f}" for key, name in SCORE_NAMES.items() if key in best
         ]
         lines += [
-            f"  {'IoU of ' + key.removeprefix('iou/'):38} {score:.4f}"
+            f"  {'IoU of ' + key.removeprefix('iou/'):38} "
+            + (f"{score:.4f}" if math.isfinite(score) else "no such pixels")
             for key, score in best.items()
             if key.startswith("iou/")
         ]

@@ -174,7 +174,7 @@ def _check_entries(path: Path, state: dict[str, Any]) -> None:
         and isinstance(best, dict)
         and {"epoch", "change_iou"} <= best.keys()
         and isinstance(best["epoch"], int)
-        and all(type(v) in (int, float) and abs(v) < 2**63 for v in best.values())
+        and all(type(v) in (int, float) and not abs(v) >= 2**63 for v in best.values())
         and all(isinstance(name, str) for name in best)
         and isinstance(state["data"].get("fingerprint"), str)
         and isinstance(state.get("progress"), dict)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -69,4 +70,5 @@ def test_the_science_knows_nothing_of_the_engineering() -> None:
 
 
 def test_no_file_shadows_an_installed_package() -> None:
-    assert not set(FLOORS) & set(sys.stdlib_module_names)
+    installed = set(packages_distributions()) | set(sys.stdlib_module_names)
+    assert not set(FLOORS) & installed

@@ -235,10 +235,13 @@ def test_a_moved_run_goes_on(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("R10")
-def test_precision_may_change(tree: Path) -> None:
+def test_precision_may_change(tree: Path, tmp_path: Path) -> None:
     train(options(tree, epochs=1))
     train({"resume": "auto", "epochs": 2, "amp": "bf16"})
     train({"resume": "auto", "epochs": 3, "amp": "fp16"})
+    (run,) = (tmp_path / "runs").iterdir()
+    state = read_checkpoint(run / "last.pt")
+    assert state["progress"]["epoch"] == 3 and state["config"]["amp"] == "fp16"
 
 
 @pytest.mark.fault("C4")

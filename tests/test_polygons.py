@@ -121,6 +121,10 @@ def test_small_polygons_and_holes(tmp_path: Path) -> None:
     assert areas(min_area=2, fill_holes=5) == [(88, 1, 0.9)]
     assert areas(min_area=2, fill_holes=50) == [(100, 0, 0.9)]
     assert areas(min_area=99) == [] and areas(min_area=99, fill_holes=50) == [(100, 0, 0.9)]
+    classes[18:20, 16:18] = 1  # an island in the large hole
+    assert sorted(areas(fill_holes=50)) == [(1, 0, 0.1), (1, 0, 0.9), (88, 1, 0.9)]
+    classes[11, 11] = 255  # no data in the small one
+    assert max(areas(fill_holes=50)) == (84, 2, 0.9)
 
 
 @pytest.mark.parametrize("lat", [0.5, 60.0])

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import predict
-from checkpoint import load_model, save_checkpoint
+from checkpoint import digest_of, load_model, save_checkpoint
 from errors import Interrupted, UserError
 from evaluation_record import stored_threshold
 from image_io import read_image, read_label
@@ -136,6 +136,7 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     point = {"points": {"default": {"threshold": None}, "val": {"threshold": 0.3125}}}
     run_of: dict[str, Any] = {
         "checkpoint": "runs/x/best.pt",
+        "sha256": digest_of(Path(best)),
         "protocols": {"patches": {}, "sliding": point},
     }
     run_of["trained_on_this_data"] = True
@@ -149,8 +150,14 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     foreign = {**run_of, "trained_on_this_data": False}
     scores.write_text(json.dumps({"runs": [foreign], "val_pairs": 64}))
     assert stored_threshold(Path(best)) is None
-    os.utime(scores, (1, 1))  # older than the checkpoint
+    other = {**run_of, "sha256": "0" * 16}
+    scores.write_text(json.dumps({"runs": [other], "val_pairs": 64}))
     assert stored_threshold(Path(best)) is None
+    together = tmp_path.parent / "evaluation" / "test" / "scores.json"
+    together.parent.mkdir(parents=True)
+    together.write_text(json.dumps({"runs": [other, run_of], "val_pairs": 64}))
+    assert stored_threshold(Path(best)) == (0.3125, together)
+    shutil.rmtree(tmp_path.parent / "evaluation")
     scores.write_text("{")
     assert stored_threshold(Path(best)) is None
 

@@ -4,7 +4,7 @@
 1    an unexpected error: our fault, with its traceback
 2    UserError: usage, configuration, data, checkpoint
 3    DivergedError: the loss or the weights are no longer finite
-130  Ctrl-C, after a checkpoint was saved;  143  SIGTERM, likewise
+130  Ctrl-C;  143  SIGTERM: a training run in progress was saved before
 """
 
 import errno
@@ -37,10 +37,10 @@ class DivergedError(UserError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; its state has been saved.
+    """A signal asked a script to end, and nothing is lost.
 
     Args:
-        message: what was saved, and the command that resumes.
+        message: what was saved, and of training the command that resumes.
         signal_number: 2 for Ctrl-C, 15 for SIGTERM.
     """
 

@@ -2,7 +2,7 @@
 
     best.onnx       for onnxruntime and the like          before, after -> logits
     best.pt2        for PyTorch, without these files      the same, `torch.export.load`
-    best_onnx.py    twenty lines that run the first with numpy and Pillow alone
+    best_onnx.py    twenty lines that run the first with onnxruntime, numpy and Pillow
 
 Both take (B, 3, H, W) of any batch and size, normalise inside and give logits (B, K, H, W), as
 `model.py` does. Before anything is kept, both are compared with the model itself at several sizes,
@@ -81,13 +81,13 @@ if len(sys.argv) != 3:
     sys.exit(__doc__)
 before, after = map(read, sys.argv[1:])
 (logits,) = session.run(None, {{"before": before, "after": after}})  # (1, {channels}, H, W)
-{probability}
-Image.fromarray(np.uint8(255 * probability.round())).save("change.png")
-print(f"{{probability.round().mean():.2%}} changed, written to change.png")
+{mask}
+Image.fromarray(mask * np.uint8({scale})).save("change.png")
+print(f"{{(mask > 0).mean():.2%}} changed, written to change.png")
 '''
-SIGMOID = "probability = 1 / (1 + np.exp(-logits[0, 0]))"
-SOFTMAX = """exponents = np.exp(logits[0] - logits[0].max(0))
-probability = 1 - exponents[0] / exponents.sum(0)  # of any change"""
+SIGMOID = """probability = 1 / (1 + np.exp(-logits[0, 0]))
+mask = np.uint8(probability > 0.5)"""
+ARGMAX = "mask = np.uint8(logits[0].argmax(0))  # classes, 0 = no change"
 
 Run = Callable[[Tensor, Tensor], NDArray[np.float32]]
 
@@ -149,7 +149,8 @@ def export(given: dict[str, Any]) -> dict[str, float]:
             input=config.input,
             pixels=scaled if config.input == "uint8" else "np.float32(pixels) / 255",
             channels="K" if is_softmax else "1" if model.task == "change" else "1 + 2K",
-            probability=SOFTMAX if is_softmax else SIGMOID,
+            mask=ARGMAX if is_softmax else SIGMOID,
+            scale=255 // (model.num_classes - 1) if is_softmax else 255,
         )
         (folder / names[2]).write_text(example, encoding="utf-8")
     for kind, name in (("onnx", names[0]), ("pt2", names[1])):

@@ -11,8 +11,6 @@ import torch
 
 from errors import UserError
 
-PRECISIONS = ("auto", "off", "bf16", "fp16")
-
 
 def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
     """Return the device called `name`, or the best one for "auto": CUDA, then MPS, then the CPU.
@@ -110,8 +108,8 @@ def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size")
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks for the next step instead of returning them.
 
-    Without it each step's activations are mapped and zeroed anew: fine-tuning a ResNet50 on two
-    cores ran 1.3 times slower (`mallopt(3)`; a no-op on other C libraries).
+    Without it each step's activations are mapped and zeroed anew, which costs some 15 % where a
+    ResNet50 learns on two cores (benchmarks/README.md; `mallopt(3)`; a no-op on other C libraries).
     """
     if sys.platform != "linux":
         return

@@ -239,7 +239,7 @@ def code_probability(probability: NDArray[np.float32], valid: Bools, dtype: str)
 
 
 class SceneMaps:
-    """All that is written of one scene.
+    """All that is written of one scene; its files are open until the `with` ends.
 
     Args:
         folder: where the files are made, see `unfinished`.
@@ -274,6 +274,14 @@ class SceneMaps:
         if grid.has_place and kinds.task == "semantic":
             self.transitions = GeoTiffMap(folder / "transitions.tif", grid, "uint16", nodata=0)
         self.overlay = Overlay(folder / f"{name}_overlay.png", grid, kinds.palette)
+
+    def __enter__(self) -> "SceneMaps":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each in (self.probability, *self.masks, self.transitions):
+            if isinstance(each, GeoTiffMap):
+                each.close()
 
     def write(self, top: int, logits: Tensor, threshold: float) -> tuple[int, int]:
         """Write a band.

@@ -1,4 +1,4 @@
-"""A folder in which files appear together and whole, or not at all."""
+"""A folder in which only whole files appear, at the end, one moved in after another."""
 
 import shutil
 import tempfile

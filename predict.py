@@ -38,8 +38,8 @@ class Config:
 
     # what goes in
     align: bool = option(False, "resample the later date onto the grid of the earlier one")
-    bands: tuple[int, ...] | None = option(None, "red, green and blue, counted from 1: 4,3,2; or one")  # noqa: E501
-    scale: tuple[float, ...] | None = option(None, "values that become 0 and 255; else 8 bits as they are, others between percentiles")  # noqa: E501
+    bands: tuple[int, ...] | None = option(None, "red, green and blue of both dates, counted from 1: 4,3,2; or one")  # noqa: E501
+    scale: tuple[float, ...] | None = option(None, "values of both dates that become 0 and 255; else 8 bits as they are, others between the percentiles of each date")  # noqa: E501
 
     # windows
     window: int = option(512, "side of the windows that the model sees", above=0)
@@ -223,8 +223,10 @@ def predict_pair(
             return None
         print(*scene.notes, sep="\n", end="\n" if scene.notes else "", flush=True)
         grid, num_valid, num_changed = scene.grid, 0, 0
-        with unfinished(out) as folder:
-            maps = SceneMaps(folder, pair.name, scene, kinds, config.probability)
+        with (
+            unfinished(out) as folder,
+            SceneMaps(folder, pair.name, scene, kinds, config.probability) as maps,
+        ):
             for top, logits in bands:
                 valid, is_change = maps.write(top, logits, threshold)
                 num_valid += valid

@@ -427,7 +427,7 @@ def _aligned(
         )
     )
     second.note = "\n".join(
-        [*([second.note] if second.note else []), f"{second.path}: resampled, {second.grid}"]
+        [*([second.note] if second.note else []), f"{second.path}: resampled, from {second.grid}"]
     )
     second.source, second.grid = warped, grid
     return second

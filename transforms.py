@@ -1,8 +1,8 @@
 """Augmentation of a pair: geometry once for both dates and the mask, colour for each date alone.
 
 All randomness comes from the generator that is passed in, so a sample is a function of its seed.
-Flips and turns are worth +0.4 F1 on LEVIR-CD, colour jitter hardly anything there
-(BTC, arXiv:2507.03367, table of levers); across sensors and seasons jitter is what generalises.
+Flips are worth +0.4 F1 on LEVIR-CD, colour jitter hardly anything there (BTC, arXiv:2507.03367);
+across sensors and seasons jitter is what generalises.
 """
 
 from dataclasses import dataclass

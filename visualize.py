@@ -65,8 +65,8 @@ def plot_predictions(
 
     Of semantic change, the classes of both dates are drawn.
 
-    Four in five patches show change, as far as the split has them, spread evenly over it; the
-    rest have none, where false alarms show.
+    Four in five patches show change, as far as there are some among those looked at, which are
+    spread evenly over the split; the rest have none, where false alarms show.
 
     Args:
         model: `(before, after) -> logits`; its mode and device are as before afterwards.

@@ -26,7 +26,7 @@ from sample_data import make_sample_set
 from sources import open_source
 from transforms import Augment
 
-NUM_PAIRS = 16  # generated; more than a process keeps decoded
+NUM_PAIRS = 48  # generated; more than a process keeps decoded, which is 36
 
 
 def naive(pairs: list[Pair], samples: int) -> Work:

@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 
 
 def test_auto_finds_a_device() -> None:
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    assert pick_device("auto").type == (accelerator.type if accelerator else "cpu")
     assert pick_device("cpu") == CPU
 
 

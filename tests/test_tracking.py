@@ -703,6 +703,7 @@ def trained_two_convs() -> TwoConvs:
     return model
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="its exporter refuses the dynamic batch")
 def test_the_logged_model_gives_the_same_logits(
     store: Path, run_dir: Path, warned: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,9 +106,10 @@ def test_a_split_of_one_class_is_warned_of(tmp_path: Path, value: int, said: str
 
 
 @pytest.mark.fault("D9")
-def test_an_image_in_two_splits_is_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("date", ["A", "B"])
+def test_an_image_in_two_splits_is_warned_of(date: str, tmp_path: Path) -> None:
     save_tree(tmp_path, train=2, val=1)
-    pixels = np.asarray(Image.open(tmp_path / "train" / "A" / "train_1.png"))
+    pixels = np.asarray(Image.open(tmp_path / "train" / date / "train_1.png"))
     (tmp_path / "val" / "A" / "val_0.png").unlink()
     save(tmp_path / "val" / "A" / "val_0.bmp", pixels)  # the same pixels in another file
     (warning,) = checked(tmp_path).warnings

@@ -12,9 +12,9 @@ import csv
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,8 @@ def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
     Raises:
         UserError: nothing can be written there.
     """
-    beside = wanted.with_name(f".{wanted.name}.{os.getpid()}.tmp")
+    # not the number of this process: in a container it is that of a killed one before
+    beside = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         beside.mkdir(parents=True)
         fill(beside)

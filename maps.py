@@ -173,18 +173,41 @@ class GeoTiffMap:
         import rasterio.shutil
 
         self.close()
-        rasterio.shutil.copy(
-            self.draft,
-            self.path,
-            driver="COG",
-            compress="DEFLATE",
-            predictor="YES",
-            blocksize=_TILE,
-            overview_resampling=self.resampling,
-            bigtiff="IF_SAFER",
-            num_threads="ALL_CPUS",
-        )
+        try:
+            rasterio.shutil.copy(
+                self.draft,
+                self.path,
+                driver="COG",
+                compress="DEFLATE",
+                predictor="YES",
+                blocksize=_TILE,
+                overview_resampling=self.resampling,
+                bigtiff="IF_SAFER",
+                num_threads="ALL_CPUS",
+            )
+        except Exception as error:  # GDAL's own kinds, which rasterio does not name
+            raise UserError(f"{self.path}: cannot be written ({error}); make room") from None
+        self._read_back()
         self.draft.unlink()
+
+    def _read_back(self) -> None:
+        """Raise UserError if the file is broken: GDAL does not say that the disk was full."""
+        import rasterio
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            try:
+                with rasterio.open(self.path) as whole:
+                    levels = [{}, *({"overview_level": i} for i in range(len(whole.overviews(1))))]
+                for level in levels:
+                    with rasterio.open(self.path, **level) as file:
+                        for top in range(0, file.height, _TILE):
+                            rows = (top, min(top + _TILE, file.height))
+                            file.read(1, window=(rows, (0, file.width)))
+            except rasterio.errors.RasterioIOError:
+                raise UserError(
+                    f"{self.path}: cannot be written whole; is the disk full?"
+                ) from None
 
 
 class Overlay:

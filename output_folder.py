@@ -42,6 +42,7 @@ def unfinished(folder: Path) -> Iterator[Path]:
 def _sweep(folder: Path) -> None:
     for abandoned in folder.glob(f"{PREFIX}*"):
         with suppress(OSError):  # its process holds the lock, or it is gone meanwhile
-            if time.time() - abandoned.stat().st_mtime > 60:  # older than its lock
+            # a day, as there are drives without locks
+            if time.time() - abandoned.stat().st_mtime > 24 * 3600:
                 with locked(abandoned / LOCK, patience=0):
                     shutil.rmtree(abandoned)

@@ -119,6 +119,7 @@ from run_folder import (
     find_launch,
     new_run_folder,
     read_options,
+    sweep,
     write_json,
 )
 from sample_run import choose_data, is_sample, recipe_without_weights
@@ -137,7 +138,19 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend.
         Interrupted: by a signal, after saving.
     """
-    config, last, state = from_rank_0(lambda: choose_options(given))
+    with ExitStack() as held:  # the lock of the run's folder, from before it is read
+        config, last, state = from_rank_0(lambda: choose_options(given, held))
+        return train_run(given, config, last, state, held)
+
+
+def train_run(
+    given: dict[str, Any],
+    config: Config,
+    last: Path | None,
+    state: dict[str, Any] | None,
+    held: ExitStack,
+) -> dict[str, float]:
+    """Train as `train` says, with what `choose_options` returned."""
     device = pick_device(config.device, local_rank())
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
@@ -189,56 +202,56 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         best = {**best, **state["best"]}
         if progress.epoch >= config.epochs:
             raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
-    with open_run(config, last) as run_dir:
-        learning, total = count_parameters(learner.model)
-        print(
-            f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
-            f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
-            f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
-            f"{data.train.num_workers} workers"
-            f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
-            f"run     {run_dir}",
-            flush=True,
-        )
-        set_name = "synthetic sample" if on_sample else layout.root.name
-        options = cli.as_dict(config)
-        tracker = None
-        if rank() == 0:
-            tracker = Tracker(
-                run_dir,
-                config=options,
-                tags={"dataset": set_name, "weights": learner.weights},
-                store=ROOT,
-                use_mlflow=config.mlflow,
-                first_step=progress.epoch + 1 if last else 0,
-                mlflow_run_id=state.get("mlflow_run_id") if state else None,
-            )
-        about = {
-            "model_kwargs": learner.model_kwargs,
-            "config": options,
-            "weights": learner.weights,
-            "data": data.about(),
-        }
-        recorder = Recorder(
+    run_dir = from_rank_0(lambda: open_run(config, last, held))
+    learning, total = count_parameters(learner.model)
+    print(
+        f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
+        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
+        f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
+        f"{data.train.num_workers} workers"
+        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
+        f"run     {run_dir}",
+        flush=True,
+    )
+    set_name = "synthetic sample" if on_sample else layout.root.name
+    options = cli.as_dict(config)
+    tracker = None
+    if rank() == 0:
+        tracker = Tracker(
             run_dir,
-            tracker,
-            about=about,
-            val_set=data.val.dataset,
-            picture=ROOT / "images" / PICTURE,
-            is_sample=on_sample,
+            config=options,
+            tags={"dataset": set_name, "weights": learner.weights},
+            store=ROOT,
+            use_mlflow=config.mlflow,
+            first_step=progress.epoch + 1 if last else 0,
+            mlflow_run_id=state.get("mlflow_run_id") if state else None,
         )
-        with StopRequest(is_silent=rank() > 0) as stop, recorder:
-            recorder.log_datasets(
-                set_name,
-                digest=data.checked.fingerprint,
-                source=str(layout.root),
-                num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
-            )
-            if not state:  # from here on there is always a checkpoint, and room for the next
-                recorder.save("last.pt", learner.parts(), best)
-            best = fit(config, learner, data, recorder, best, stop)
-            recorder.finish(device, best, config.epochs)
-        print(recorder.summary(best, store=ROOT))
+    about = {
+        "model_kwargs": learner.model_kwargs,
+        "config": options,
+        "weights": learner.weights,
+        "data": data.about(),
+    }
+    recorder = Recorder(
+        run_dir,
+        tracker,
+        about=about,
+        val_set=data.val.dataset,
+        picture=ROOT / "images" / PICTURE,
+        is_sample=on_sample,
+    )
+    with StopRequest(is_silent=rank() > 0) as stop, recorder:
+        recorder.log_datasets(
+            set_name,
+            digest=data.checked.fingerprint,
+            source=str(layout.root),
+            num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
+        )
+        if not state:  # from here on there is always a checkpoint, and room for the next
+            recorder.save("last.pt", learner.parts(), best)
+        best = fit(config, learner, data, recorder, best, stop)
+        recorder.finish(device, best, config.epochs)
+    print(recorder.summary(best, store=ROOT))
     return best
 
 
@@ -343,8 +356,12 @@ def fit(
     return best
 
 
-def choose_options(given: dict[str, Any]) -> tuple[Config, Path | None, dict[str, Any] | None]:
+def choose_options(
+    given: dict[str, Any], held: ExitStack
+) -> tuple[Config, Path | None, dict[str, Any] | None]:
     """Return the options, and of a run to go on with the checkpoint's path and content.
+
+    Such a run is claimed until `held` ends.
 
     A run that was killed before its first checkpoint has a path without content. A process that
     torchrun has started again goes on with the run that it began.
@@ -359,7 +376,9 @@ def choose_options(given: dict[str, Any]) -> tuple[Config, Path | None, dict[str
         config = Config(**given)
     begins = config.resume == "auto" and config.name and not (runs / config.name).exists()
     if config.resume and not begins:
-        last, state = find_checkpoint(config.resume, runs, config.name)
+        last, state = find_checkpoint(
+            config.resume, runs, config.name, lambda folder: held.enter_context(claimed(folder))
+        )
         saved = cli.from_dict(Config, state["config"] if state else read_options(last.parent))
         config = replace(saved, **given)
         if changed := cli.differences(saved, config):
@@ -385,22 +404,17 @@ def check_classes(saved: dict[str, Any], coding: MaskCoding, last: Path) -> None
         raise UserError(f"{last}: its classes were {before}; now they are {after} (classes.json)")
 
 
-@contextmanager
-def open_run(config: Config, last: Path | None) -> Iterator[Path]:
-    """Give the folder of a run, made if it is new, in which config.json says how it goes on."""
+def open_run(config: Config, last: Path | None, held: ExitStack) -> Path:
+    """Return the folder of a run, made if it is new, in which config.json says how it goes on."""
     options = {**cli.as_dict(config), "versions": versions(), "launch": launch_id()}
+    if last:
+        sweep(last.parent)
+        write_json(last.parent / OPTIONS, options)
+        return last.parent
     name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
-    with ExitStack() as held:
-
-        def begin() -> Path:
-            runs = Path(config.output_dir or ROOT / "runs")
-            folder = last.parent if last else new_run_folder(runs, name, options)
-            held.enter_context(claimed(folder))
-            if last:
-                write_json(folder / OPTIONS, options)
-            return folder
-
-        yield from_rank_0(begin)
+    folder = new_run_folder(Path(config.output_dir or ROOT / "runs"), name, options)
+    held.enter_context(claimed(folder))
+    return folder
 
 
 def build(

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def new_run_folder(output_dir: Path, name: str, options: Mapping[str, Any]) -> P
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only process that writes to a run, and sweep up what a killed one left.
+    """Be the only process that writes to a run.
 
     Raises:
         UserError: another one is still at it, or nothing can be written there.
@@ -67,9 +67,13 @@ def claimed(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
-        for unfinished in folder.glob("*.tmp"):
-            unfinished.unlink(missing_ok=True)
         yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in a run that is claimed."""
+    for unfinished in folder.glob("*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def check_name(name: str | None) -> None:
@@ -89,7 +93,10 @@ def find_launch(launch: str | None, output_dir: Path) -> Path | None:
 
 
 def find_checkpoint(
-    resume: str, output_dir: Path, name: str | None
+    resume: str,
+    output_dir: Path,
+    name: str | None,
+    claim: Callable[[Path], object] = lambda _: None,
 ) -> tuple[Path, dict[str, Any] | None]:
     """Find and read the checkpoint to go on from.
 
@@ -98,6 +105,8 @@ def find_checkpoint(
             or a run's folder.
         output_dir: where the runs are.
         name: of the run that "auto" shall take.
+        claim: is called with the run's folder before anything in it is read to go on from, so that
+            no other process writes there from then on.
 
     Returns:
         The path of last.pt (or of what was named), whose folder is the run's, and its content.
@@ -118,12 +127,13 @@ def find_checkpoint(
         runs = sorted(filter(_checkpoints, output_dir.glob("[!.]*")), key=_last_sign)
         known = f"; the newest are {', '.join(map(str, reversed(runs[-5:])))}" if runs else ""
         raise UserError(f"--resume {resume}: no such run or checkpoint{known}")
+    if path.is_dir() and not _checkpoints(path) and not _never_saved(path):
+        raise UserError(f"--resume {resume}: no last.pt in this folder")
+    claim(path if path.is_dir() else path.parent)
     candidates = _checkpoints(path) if path.is_dir() else [path]
-    if not candidates and _never_saved(path):
+    if not candidates:
         print(f"{path}: was ended before its first checkpoint, so it begins again")
         return path / "last.pt", None
-    if not candidates:
-        raise UserError(f"--resume {resume}: no last.pt in this folder")
     faults = []
     for candidate in candidates:
         try:

@@ -15,7 +15,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -537,7 +537,8 @@ def test_checkpoints_of_strange_content(
         with pytest.raises(UserError):
             load_model(path)
         _, state = find_checkpoint(str(path), tmp_path, None)
-        choose_options({"resume": str(path)})
+        with ExitStack() as held:
+            choose_options({"resume": str(path)}, held)
         made = parts()
         restore(made, state, path)
         step(made)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import main
 import pretrained
+import run_folder
 import sample_data
 import splits
 from checkpoint import load_model, read_checkpoint
@@ -643,3 +644,22 @@ def test_classes_that_changed_places_are_refused(tmp_path: Path) -> None:
             train({"resume": "auto", "epochs": 2})
     names.write_text('{"none": 0, "road": 128, "building": 255}')
     train({"resume": "auto", "epochs": 2})
+
+
+def test_a_run_is_claimed_before_it_is_read(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(options(tree, epochs=1, name="a"))
+    run = tmp_path / "runs" / "a"
+    read = []
+
+    def read_alone(path: Path) -> dict[str, Any]:
+        with pytest.raises(UserError, match="still running"), run_folder.claimed(run):
+            pass
+        read.append(path)
+        return read_checkpoint(path)
+
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "read_checkpoint", read_alone)
+    train({"resume": str(run), "epochs": 2})
+    assert read == [run / "last.pt"]

@@ -7,7 +7,7 @@ import torch
 
 from checkpoint import save_checkpoint
 from errors import UserError
-from run_folder import claimed, find_checkpoint, new_run_folder, write_json
+from run_folder import claimed, find_checkpoint, new_run_folder, sweep, write_json
 
 
 def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> None:
@@ -28,6 +28,7 @@ def test_a_run_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("run_folder.PATIENCE", 0.1)
     (tmp_path / "last.pt.1.tmp").write_text("half of a checkpoint")
     with claimed(tmp_path):
+        sweep(tmp_path)
         assert not list(tmp_path.glob("*.tmp"))
         unfinished = tmp_path / "last.pt.2.tmp"
         unfinished.write_text("being written")
@@ -35,6 +36,7 @@ def test_a_run_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             pass
         assert unfinished.exists()
     with claimed(tmp_path):
+        sweep(tmp_path)
         assert not unfinished.exists()
 
 

@@ -66,7 +66,7 @@ from distributed import from_rank_0, in_turn, local_rank, local_world_size, rank
 from errors import UserError
 from evaluation import ROBUSTNESS_PROTOCOL, ProtocolResult, evaluate_protocol, measure_robustness
 from evaluation_record import Evaluated, check_writable, log_results, write_results
-from hardware import default_workers, describe, keep_freed_memory, pick_device, pick_precision
+from hardware import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from layouts import find_pairs
 from plots import draw_all
 from protocols import PATCH_SIZE, PROTOCOLS, Predictor
@@ -119,9 +119,7 @@ def evaluate(given: dict[str, Any]) -> Report:
             restore_model(state, path).to(device).eval(),
             amp=amp,
             batch_size=config.batch_size or state["config"].get("batch_size", 8),
-            num_workers=default_workers(local_world_size())
-            if config.workers is None
-            else config.workers,
+            num_workers=pick_workers(config.workers, local_world_size()),
             window=config.window,
             overlap=config.overlap,
         )

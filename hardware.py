@@ -62,12 +62,15 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def default_workers(num_processes: int = 1) -> int:
-    """Return the number of loader processes: one less than the usable cores, at most 8.
+def pick_workers(asked: int | None, num_processes: int = 1) -> int:
+    """Return the number of loader processes: else one less than the usable cores, at most 8.
 
     Args:
+        asked: goes before.
         num_processes: that train on this machine and share its cores.
     """
+    if asked is not None:
+        return asked
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(8, (usable or 1) // num_processes - 1))
 

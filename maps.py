@@ -11,7 +11,8 @@ is whole, so that no file that looks complete is not.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class GeoTiffMap:
         self.draft = path.with_suffix(".draft.tif")
         # thinned-out copies: the mean of probabilities, the most frequent of classes
         self.resampling = "MODE" if palette is not None else "AVERAGE"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _writing(path):
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             self.file = rasterio.open(
                 self.draft,
@@ -162,18 +163,20 @@ class GeoTiffMap:
 
     def write(self, top: int, rows: NDArray[Any]) -> None:
         """Take rows (n, W) from `top` on."""
-        self.file.write(rows, 1, window=((top, top + len(rows)), (0, self.file.width)))
+        with _writing(self.path):
+            self.file.write(rows, 1, window=((top, top + len(rows)), (0, self.file.width)))
 
     def close(self) -> None:
         """Complete the draft, which polygons are drawn from."""
-        self.file.close()
+        with _writing(self.path):
+            self.file.close()
 
     def finish(self) -> None:
         """Write the cloud-optimised file from the draft."""
         import rasterio.shutil
 
         self.close()
-        try:
+        with _writing(self.path):
             rasterio.shutil.copy(
                 self.draft,
                 self.path,
@@ -185,29 +188,34 @@ class GeoTiffMap:
                 bigtiff="IF_SAFER",
                 num_threads="ALL_CPUS",
             )
-        except Exception as error:  # GDAL's own kinds, which rasterio does not name
-            raise UserError(f"{self.path}: cannot be written ({error}); make room") from None
-        self._read_back()
+            self._read_back()
         self.draft.unlink()
 
     def _read_back(self) -> None:
-        """Raise UserError if the file is broken: GDAL does not say that the disk was full."""
+        """Read the whole file: GDAL does not always say that the disk was full."""
         import rasterio
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            try:
-                with rasterio.open(self.path) as whole:
-                    levels = [{}, *({"overview_level": i} for i in range(len(whole.overviews(1))))]
-                for level in levels:
-                    with rasterio.open(self.path, **level) as file:
-                        for top in range(0, file.height, _TILE):
-                            rows = (top, min(top + _TILE, file.height))
-                            file.read(1, window=(rows, (0, file.width)))
-            except rasterio.errors.RasterioIOError:
-                raise UserError(
-                    f"{self.path}: cannot be written whole; is the disk full?"
-                ) from None
+            with rasterio.open(self.path) as whole:
+                levels = [{}, *({"overview_level": i} for i in range(len(whole.overviews(1))))]
+            for level in levels:
+                with rasterio.open(self.path, **level) as file:
+                    for top in range(0, file.height, _TILE):
+                        rows = (top, min(top + _TILE, file.height))
+                        file.read(1, window=(rows, (0, file.width)))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn GDAL's errors into one line; of a full disk they speak in many ways."""
+    from rasterio._err import CPLE_BaseError  # what `shutil.copy` raises has no public name
+    from rasterio.errors import RasterioError
+
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError) as error:
+        raise UserError(f"{path}: cannot be written whole ({error}); make room") from None
 
 
 class Overlay:
@@ -343,15 +351,17 @@ class SceneMaps:
             assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
             classes.close()
             self.probability.close()
-            num_polygons = write_polygons(
-                self.folder / f"{self.name}_polygons.geojson",
-                classes.draft,
-                self.probability.draft,
-                describe=self.kinds.describe,
-                unit=self.unit,
-                min_area=min_area,
-                fill_holes=fill_holes,
-            )
+            path = self.folder / f"{self.name}_polygons.geojson"
+            with _writing(path):  # a draft that the disk cut short shows when it is read
+                num_polygons = write_polygons(
+                    path,
+                    classes.draft,
+                    self.probability.draft,
+                    describe=self.kinds.describe,
+                    unit=self.unit,
+                    min_area=min_area,
+                    fill_holes=fill_holes,
+                )
         if self.transitions is not None:
             self.transitions.draft.unlink()
         for each in (self.probability, *self.masks, self.overlay):

@@ -11,7 +11,7 @@ from data_check import DataSummary, check, show
 from dataset import ChangeDataset, PairLoader, make_loader
 from distributed import local_world_size, world_size
 from errors import UserError
-from hardware import default_workers
+from hardware import pick_workers
 from layouts import Layout
 from losses import balanced_weights
 from metrics import Confusion, build_confusion
@@ -92,7 +92,7 @@ def open_data(
             batch_size,
             shuffle=augment is not None,
             seed=seed,
-            num_workers=default_workers(local_world_size()) if workers is None else workers,
+            num_workers=pick_workers(workers, local_world_size()),
             group=accumulate if augment else 1,
             device=device,
         )

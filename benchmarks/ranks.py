@@ -1,6 +1,6 @@
 """What several processes bring on one machine, against one process with as many threads.
 
-    python benchmarks/ranks.py                    two processes on the CPU, some 4 minutes
+    python benchmarks/ranks.py                    two processes on the CPU, about a minute
     python benchmarks/ranks.py --processes 4
 
 train    steps of the default model, bfloat16; the pairs of a batch are shared

@@ -3,11 +3,11 @@ import torch
 
 from errors import UserError
 from hardware import (
-    default_workers,
     describe,
     keep_freed_memory,
     pick_device,
     pick_precision,
+    pick_workers,
 )
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ def test_precision_is_bf16_where_it_pays_and_never_fp16_by_itself(
 
 
 def test_the_rest_answers() -> None:
-    assert 0 <= default_workers() <= 8
+    assert 0 <= pick_workers(None) <= 8
+    assert pick_workers(11, 4) == 11
     assert "threads" in describe(CPU)
     keep_freed_memory()

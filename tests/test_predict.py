@@ -455,3 +455,23 @@ def test_script_ends_with_one_line_and_2(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == f"error: {tmp_path / 'no.pt'}: no such run or checkpoint"
+
+
+@pytest.mark.fault("U4")
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size there")
+@pytest.mark.parametrize("kilobytes", [1, 100])
+def test_a_disk_that_fills_is_one_line(checkpoint: Path, tmp_path: Path, kilobytes: int) -> None:
+    from test_raster import write_tif
+
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, 700, 700), dtype=np.uint8)
+    files = [write_tif(tmp_path / f"{i}.tif", date) for i, date in enumerate(noise)]
+    words = [str(checkpoint), *map(str, files), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {kilobytes}; exec "$0" "$@"', sys.executable,
+         str(SCRIPT), *words, "--probability", "float32", "--threshold", "0.5"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from classes import choose_classes
-from distributed import share, world_size
-from errors import DataFault, UserError
-from image_io import IGNORE, choose_mask_coding, label_values, read_label
-from layouts import find_pairs
-from sources import FileSource, Source
-from transforms import Augment
+from pairs.augment import Augment
+from pairs.cache import FileSource, Source
+from pairs.images import IGNORE, choose_mask_coding, label_values, read_label
+from pairs.labels import choose_classes
+from pairs.layouts import find_pairs
+from runtime.distributed import share, world_size
+from runtime.errors import DataFault, UserError
 
 Sample = tuple[Tensor, Tensor, Tensor]
 

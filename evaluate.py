@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import config as cli
-from config import REQUIRED, option
-from objects import MIN_PIXELS
+from runtime import config as cli
+from runtime.config import REQUIRED, option
+from scoring.objects import MIN_PIXELS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -59,20 +59,33 @@ class Config:
 if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, description=__doc__)
 
-from checkpoint import digest_of, read_checkpoint, restore_model
-from classes import choose_classes
-from data_check import check, show
-from distributed import from_rank_0, in_turn, local_rank, local_world_size, rank, run, world_size
-from errors import UserError
-from evaluation import ROBUSTNESS_PROTOCOL, ProtocolResult, evaluate_protocol, measure_robustness
-from evaluation_record import Evaluated, check_writable, log_results, write_results
-from hardware import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
-from layouts import find_pairs
-from plots import draw_all
-from protocols import PATCH_SIZE, PROTOCOLS, Predictor
-from sample_run import SAMPLE_LABEL, choose_data, is_sample
-from score_report import Report, as_json, protocols_report, summarize, text
-from sources import Source, open_source
+from pairs.cache import Source, open_source
+from pairs.check import check, show
+from pairs.labels import choose_classes
+from pairs.layouts import find_pairs
+from pairs.synthetic.sample_run import SAMPLE_LABEL, choose_data, is_sample
+from runtime.checkpoint import digest_of, read_checkpoint, restore_model
+from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
+from runtime.distributed import (
+    from_rank_0,
+    in_turn,
+    local_rank,
+    local_world_size,
+    rank,
+    run,
+    world_size,
+)
+from runtime.errors import UserError
+from scoring.evaluation import (
+    ROBUSTNESS_PROTOCOL,
+    ProtocolResult,
+    evaluate_protocol,
+    measure_robustness,
+)
+from scoring.figures import draw_all
+from scoring.protocols import PATCH_SIZE, PROTOCOLS, Predictor
+from scoring.record import Evaluated, check_writable, log_results, write_results
+from scoring.report import Report, as_json, protocols_report, summarize, text
 
 
 def score(given: dict[str, Any]) -> None:

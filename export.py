@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import config as cli
-from config import REQUIRED, option
+from runtime import config as cli
+from runtime.config import REQUIRED, option
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from checkpoint import VERSION, read_checkpoint, restore_model
-from errors import UserError, run_script
-from image_io import read_image
-from output_folder import unfinished
+from pairs.images import read_image
+from runtime.checkpoint import VERSION, read_checkpoint, restore_model
+from runtime.errors import UserError, run_script
+from runtime.output_folder import unfinished
 
 # Traced at a size that divides by nothing, so that no step of the program is left out, and beyond
 # 512, where the windows of cross-attention are several at every stride.

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-from image_io import IGNORE
 from metrics import split_semantic
+from pairs.images import IGNORE
+from runtime.errors import UserError
 
 SMOOTH = 64.0  # pixels, see `CombinedIoULoss`
 

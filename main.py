@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import config as cli
-from config import option
+from runtime import config as cli
+from runtime.config import option
 
 ROOT = Path(__file__).resolve().parent
 
@@ -77,10 +77,24 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import torch
 
-from catalogue import catalogue
-from checkpoint import restore, versions
-from classes import choose_classes
-from distributed import (
+from losses import build_loss, check_loss
+from model import build_model, check_names, count_parameters
+from networks.encoders import TIMM
+from networks.weights import check_source, load_weights
+from pairs.download import fetch_dataset
+from pairs.images import MaskCoding
+from pairs.labels import choose_classes
+from pairs.layouts import find_pairs
+from pairs.synthetic.sample_run import choose_data, is_sample, recipe_without_weights
+from runtime.checkpoint import restore, versions
+from runtime.devices import (
+    describe,
+    explain_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+)
+from runtime.distributed import (
     agree,
     from_rank_0,
     in_turn,
@@ -92,26 +106,15 @@ from distributed import (
     run,
     world_size,
 )
-from download import fetch_dataset
-from encoders import TIMM
-from engine import Precision, Progress, check_finite, evaluate
-from errors import DataFault, Interrupted, StopRequest, UserError
-from hardware import (
-    describe,
-    explain_out_of_memory,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-)
-from image_io import MaskCoding
-from layouts import find_pairs
-from learner import Learner, learn_epoch
-from losses import build_loss, check_loss
-from model import build_model, check_names, count_parameters
-from optimizer import build_optimizer, warmup_cosine
-from pretrained import check_source, load_weights
-from recorder import PICTURE, Recorder, SaveEvery
-from run_folder import (
+from runtime.errors import DataFault, Interrupted, StopRequest, UserError
+from runtime.sync_batch_norm import synchronize
+from runtime.tracking import Tracker
+from training.catalogue import catalogue
+from training.engine import Precision, Progress, check_finite, evaluate
+from training.learner import Learner, learn_epoch
+from training.optimizer import build_optimizer, warmup_cosine
+from training.recorder import PICTURE, Recorder, SaveEvery
+from training.run_folder import (
     OPTIONS,
     check_name,
     claimed,
@@ -122,10 +125,7 @@ from run_folder import (
     sweep,
     write_json,
 )
-from sample_run import choose_data, is_sample, recipe_without_weights
-from splits import Data, open_data
-from sync_batch_norm import synchronize
-from tracking import Tracker
+from training.splits import Data, open_data
 
 
 def train(given: dict[str, Any]) -> dict[str, float]:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from errors import UserError
-from image_io import IGNORE
+from pairs.images import IGNORE
+from runtime.errors import UserError
 
 
 def split_semantic(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classes import MAX_CLASSES
-from encoders import ENCODERS, Encoder, build_encoder, check_backbone
-from errors import UserError
-from fusion import FUSIONS, conv_norm_relu
+from networks.encoders import ENCODERS, Encoder, build_encoder, check_backbone
+from networks.fusion import FUSIONS, conv_norm_relu
+from pairs.labels import MAX_CLASSES
+from runtime.errors import UserError
 
 __all__ = ["ENCODERS", "FUSIONS", "TASKS", "Encoder", "SemanticUNet", "SiameseUNet", "build_model"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import config as cli
-from config import REQUIRED, option
-from objects import MIN_PIXELS
+from runtime import config as cli
+from runtime.config import REQUIRED, option
+from scoring.objects import MIN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint, restore_model
-from distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
-from errors import Interrupted, StopRequest, UserError
-from evaluation_record import stored_threshold
-from hardware import explain_out_of_memory, keep_freed_memory, pick_device
-from inference import predict_bands
-from maps import Kinds, SceneMaps, check_free
-from output_folder import unfinished
-from raster import Scene, open_scene
-from scenes import ScenePair, find_scenes
+from mapping.maps import Kinds, SceneMaps, check_free
+from mapping.rasters import Scene, open_scene
+from mapping.scenes import ScenePair, find_scenes
+from networks.sliding_window import predict_bands
+from runtime.checkpoint import read_checkpoint, restore_model
+from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
+from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
+from runtime.errors import Interrupted, StopRequest, UserError
+from runtime.output_folder import unfinished
+from scoring.record import stored_threshold
 
 
 def predict(given: dict[str, Any]) -> list["Mapped"]:

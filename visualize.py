@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dataset import ChangeDataset
-from image_io import IGNORE, MaskCoding
 from metrics import Confusion, predict_classes
+from pairs.images import IGNORE, MaskCoding
 
 log = logging.getLogger("visualize")
 

@@ -19,11 +19,11 @@ import torch
 from measure import RESULTS
 from torch import Tensor, nn
 
-from checkpoint import load_model, read_checkpoint
 from dataset import ChangeDataset, open_dataset
-from engine import Precision
-from hardware import pick_precision
 from metrics import Confusion
+from runtime.checkpoint import load_model, read_checkpoint
+from runtime.devices import pick_precision
+from training.engine import Precision
 from visualize import Picture, save_figure
 
 ROOT = measure.HERE.parent

@@ -18,13 +18,13 @@ import torch
 from measure import Work
 from naive import NaiveDataset
 
-from classes import Classes
 from dataset import ChangeDataset, make_loader
-from image_io import choose_mask_coding, label_values, read_label
-from layouts import Pair, find_pairs
-from sample_data import make_sample_set
-from sources import open_source
-from transforms import Augment
+from pairs.augment import Augment
+from pairs.cache import open_source
+from pairs.images import choose_mask_coding, label_values, read_label
+from pairs.labels import Classes
+from pairs.layouts import Pair, find_pairs
+from pairs.synthetic.sample_set import make_sample_set
 
 NUM_PAIRS = 48  # generated; more than a process keeps decoded, which is 36
 

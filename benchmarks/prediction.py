@@ -17,8 +17,8 @@ from peers import PEERS
 from torch import Tensor, nn
 from train_step import batch_of
 
-from engine import Precision
 from model import build_model
+from training.engine import Precision
 
 
 def predicting(

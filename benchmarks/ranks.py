@@ -27,12 +27,12 @@ from measure import Work
 from scene import write_scene
 from train_step import batch_of, ours, train
 
-import distributed
-from distributed import share, world_size
-from maps import Kinds
+from mapping.maps import Kinds
+from mapping.scenes import ScenePair
 from predict import Config, predict_pair
-from scenes import ScenePair
-from sync_batch_norm import synchronize
+from runtime import distributed
+from runtime.distributed import share, world_size
+from runtime.sync_batch_norm import synchronize
 
 SCENE_SIDE = 1536  # four windows of 512 in each of four strips
 KINDS = Kinds.of("change", 1, {})

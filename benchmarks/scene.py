@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import read_checkpoint
-from maps import Kinds
+from mapping.maps import Kinds
+from mapping.scenes import ScenePair
+from pairs.synthetic.sample_set import make_pair
 from predict import Config, predict, predict_pair
-from sample_data import make_pair
-from scenes import ScenePair
+from runtime.checkpoint import read_checkpoint
 
 TILE, NUM_TILES = 512, 8
 

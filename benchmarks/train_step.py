@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed import parallel
-from engine import Precision, Progress, train_one_epoch
-from hardware import keep_freed_memory
 from losses import CombinedIoULoss
 from metrics import Confusion
 from model import Encoder, build_model
-from optimizer import build_optimizer, warmup_cosine
+from runtime.devices import keep_freed_memory
+from runtime.distributed import parallel
+from training.engine import Precision, Progress, train_one_epoch
+from training.optimizer import build_optimizer, warmup_cosine
 from visualize import Picture, save_figure
 
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -88,7 +88,7 @@ TESTS = Path(__file__).parent
 def covered_by() -> dict[str, list[str]]:
     """Return the tests of each row as file::function, read from their decorators."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for row in _marked(node):

@@ -15,11 +15,11 @@ from data_helpers import mask_of, picture, save, save_pair, save_tree
 from torch import Tensor
 
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
-from errors import DataFault, UserError
-from image_io import IGNORE, MaskCoding
-from layouts import find_pairs
-from sources import FileSource
-from transforms import Augment
+from pairs.augment import Augment
+from pairs.cache import FileSource
+from pairs.images import IGNORE, MaskCoding
+from pairs.layouts import find_pairs
+from runtime.errors import DataFault, UserError
 
 CODING = MaskCoding((0, 255))
 SIZES = [(1, 1), (17, 33), (32, 32), (50, 20), (70, 64)]

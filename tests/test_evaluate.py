@@ -17,16 +17,16 @@ from PIL import Image
 
 import evaluate
 import main
-import protocols
-import sample_data
-import score_report
-import splits
-from checkpoint import read_checkpoint, save_checkpoint
-from corruptions import CORRUPTIONS
-from errors import UserError
 from evaluate import caution_of, score
 from main import train
-from score_report import as_json, summarize, text
+from pairs.synthetic import sample_set as sample_data
+from runtime.checkpoint import read_checkpoint, save_checkpoint
+from runtime.errors import UserError
+from scoring import protocols
+from scoring import report as score_report
+from scoring.corruptions import CORRUPTIONS
+from scoring.report import as_json, summarize, text
+from training import splits
 
 SCRIPT = Path(evaluate.__file__)
 FAST: dict[str, Any] = {"device": "cpu", "workers": 0, "mlflow": False, "amp": "off"}

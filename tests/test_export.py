@@ -14,10 +14,10 @@ from test_predict import checkpoint_of
 from torch import Tensor, nn
 
 import export
-from checkpoint import load_model
-from encoders import Encoder, Stages
-from errors import UserError
-from inference import predict_scene
+from networks.encoders import Encoder, Stages
+from networks.sliding_window import predict_scene
+from runtime.checkpoint import load_model
+from runtime.errors import UserError
 
 SCRIPT = Path(export.__file__)
 

@@ -28,24 +28,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-import config as cli
-import download
 import main
-from checkpoint import load_model, read_checkpoint, restore, save_checkpoint
-from classes import Classes, choose_classes
-from data_check import check
-from download import fetch, unpack
-from engine import Progress
-from errors import UserError
-from image_io import MaskCoding, choose_mask_coding, read_image, read_label, read_size
-from layouts import find_pairs
 from main import Config, choose_options
 from metrics import Confusion
-from optimizer import build_optimizer, warmup_cosine
-from pretrained import read_state_dict
-from run_folder import find_checkpoint
-from sample_data import read_marker
-from tracking import Tracker
+from networks.weights import read_state_dict
+from pairs import download
+from pairs.check import check
+from pairs.download import fetch, unpack
+from pairs.images import MaskCoding, choose_mask_coding, read_image, read_label, read_size
+from pairs.labels import Classes, choose_classes
+from pairs.layouts import find_pairs
+from pairs.synthetic.sample_set import read_marker
+from runtime import config as cli
+from runtime.checkpoint import load_model, read_checkpoint, restore, save_checkpoint
+from runtime.errors import UserError
+from runtime.tracking import Tracker
+from training.engine import Progress
+from training.optimizer import build_optimizer, warmup_cosine
+from training.run_folder import find_checkpoint
 
 PATIENCE = 60  # seconds for one input, which takes milliseconds: longer is a hang
 times = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])

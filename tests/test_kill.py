@@ -14,7 +14,7 @@ import torch
 from data_helpers import save_tree
 
 import main
-from checkpoint import read_checkpoint
+from runtime.checkpoint import read_checkpoint
 
 # Runs main.py with a disk so slow that many a kill falls into the writing of a file
 SLOW_DISK = """

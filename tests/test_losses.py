@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
 from losses import (
     LOSSES,
     CombinedIoULoss,
@@ -16,6 +15,7 @@ from losses import (
     check_loss,
     soft_iou,
 )
+from runtime.errors import UserError
 
 
 def confident(target: Tensor, sign: float = 1.0) -> Tensor:

@@ -16,21 +16,20 @@ from data_helpers import mask_of, save_pair, save_tree
 from PIL import Image
 
 import main
-import pretrained
-import run_folder
-import sample_data
-import splits
-from checkpoint import load_model, read_checkpoint
-from config import parse
 from dataset import open_dataset
-from encoders import ENCODERS
-from errors import DivergedError, Interrupted, UserError
-from fusion import FUSIONS
 from losses import LOSSES
 from main import train
-from pretrained import WeightsUnavailableError
-from sample_run import FROM_SCRATCH, choose_data
-from sources import FileSource
+from networks import weights as pretrained
+from networks.encoders import ENCODERS
+from networks.fusion import FUSIONS
+from networks.weights import WeightsUnavailableError
+from pairs.cache import FileSource
+from pairs.synthetic import sample_set as sample_data
+from pairs.synthetic.sample_run import FROM_SCRATCH, choose_data
+from runtime.checkpoint import load_model, read_checkpoint
+from runtime.config import parse
+from runtime.errors import DivergedError, Interrupted, UserError
+from training import run_folder, splits
 
 SCRIPT = Path(main.__file__)
 SMALL = {
@@ -299,7 +298,7 @@ def test_out_of_memory_says_what_to_try(
     def no_room(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("learner.train_one_epoch", no_room)
+    monkeypatch.setattr("training.learner.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
         train(options(tree))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from losses import CombinedIoULoss
 from model import ENCODERS, FUSIONS, WIDTHS, Encoder, SiameseUNet, build_model
+from runtime.errors import UserError
 
 
 def pair(*size: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 def test_quickstart_runs_from_a_clean_copy(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    for path in [*ROOT.glob("*.py"), *(room.parent for room in ROOT.glob("*/__init__.py"))]:
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / path.name)
     (tmp_path / "notebooks").mkdir()
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # committed without outputs

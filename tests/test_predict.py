@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import predict
-from checkpoint import digest_of, load_model, save_checkpoint
-from errors import Interrupted, UserError
-from evaluation_record import stored_threshold
-from image_io import read_image, read_label
-from inference import predict_scene
-from maps import Kinds
+from mapping.maps import Kinds
+from mapping.scenes import ScenePair, find_scenes
 from model import build_model
+from networks.sliding_window import predict_scene
+from pairs.images import read_image, read_label
 from predict import Config, Mapped, predict_pair
-from scenes import ScenePair, find_scenes
+from runtime.checkpoint import digest_of, load_model, save_checkpoint
+from runtime.errors import Interrupted, UserError
+from scoring.record import stored_threshold
 
 SCRIPT = Path(predict.__file__)
 BINARY = Kinds.of("change", 1, {})
@@ -238,7 +238,7 @@ def test_options_that_do_not_go_together(
 def geo_pair(folder: Path, height: int = 100, width: int = 120, **profile: Any) -> list[Path]:
     """Write two flat dates, the later one with a bright block of 20 x 30 pixels."""
     pytest.importorskip("rasterio")
-    from test_raster import write_tif
+    from geo_helpers import write_tif
 
     flat = np.full((3, height, width), 100, np.uint8)
     built = flat.copy()
@@ -388,7 +388,7 @@ def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None
 def test_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, 300, 64)
     body = (
-        "import maps, os, signal\n"
+        "import os, signal; from mapping import maps\n"
         "write = maps.GeoTiffMap.write\n"
         "def write_and_die(self, top, rows):\n"
         "    write(self, top, rows)\n"
@@ -461,7 +461,7 @@ def test_script_ends_with_one_line_and_2(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size there")
 @pytest.mark.parametrize("kilobytes", [1, 100])
 def test_a_disk_that_fills_is_one_line(checkpoint: Path, tmp_path: Path, kilobytes: int) -> None:
-    from test_raster import write_tif
+    from geo_helpers import write_tif
 
     noise = np.random.default_rng(0).integers(0, 256, (2, 3, 700, 700), dtype=np.uint8)
     files = [write_tif(tmp_path / f"{i}.tif", date) for i, date in enumerate(noise)]

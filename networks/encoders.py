@@ -1,0 +1,259 @@
+"""Backbones that turn an image into one map per stride, shallow to deep: the table is `ENCODERS`.
+
+    image    (N, 3, H, W)               float in [0, 1], any H and W
+    maps     (N, C_s, H/s, W/s)         s = 2, 4, 8, 16, 32 (ResNets), 4, 8, 16, 32 (Swin, ConvNeXt)
+
+ResNet, arXiv:1512.03385; Swin, arXiv:2103.14030, arXiv:2111.09883; ConvNeXt, arXiv:2201.03545.
+Everything that timm can cut into stages is there as `timm:<name>`, where timm is installed.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+from torchvision.models import resnet
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import StochasticDepth
+
+from runtime.errors import UserError
+
+# torchvision's, the same for all of its backbones
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TIMM = "timm:"
+
+
+class Encoder(nn.Module):
+    """A backbone, its normalisation, and a way to keep it fixed.
+
+    Frozen, a backbone with BatchNorms computes with a copy whose BatchNorms are folded into the
+    convolutions and whose weights are in autocast's dtype. The copy follows every change of the
+    weights and is in no state dict: what is saved and loaded is the backbone, in float32 and under
+    the names of the library that it comes from.
+
+    Args:
+        backbone: (N, 3, H, W) -> its maps, as a list or a dictionary.
+        channels: C_s of each map.
+        strides: s of each map.
+        multiple: H and W are padded to a multiple of this, as patches want it; 1 needs none.
+        mean, std: of the pixels that the backbone was trained on.
+
+    Attributes:
+        channels, strides: as above.
+        frozen: the weights and the BatchNorm statistics stay as they are, whatever `train()` says.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        multiple: int = 1,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = tuple(channels)
+        self.strides = tuple(strides)
+        self.multiple = multiple
+        self.frozen = False
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), False)
+        self._folded: tuple[Any, nn.Module] | None = None  # in a tuple: not one of the submodules
+
+    def freeze(self) -> None:
+        """Stop the weights from learning and BatchNorm's statistics from moving."""
+        self.requires_grad_(False)
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set training mode, unless frozen."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Turn (N, 3, H, W) float in [0, 1] into one (N, C_s, H/s, W/s) map per stride.
+
+        H/s and W/s are rounded up, and where there is a `multiple`, those of the padded image.
+        """
+        image = (image - self.mean) / self.std
+        if self.multiple > 1:
+            height, width = image.shape[-2:]
+            # as exporters need it: from a remainder they don't see that the sum divides by
+            # `multiple`, and ONNX divides negative numbers towards 0
+            up = self.multiple - 1
+            rows, columns = ((n + up) // self.multiple * self.multiple for n in (height, width))
+            image = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
+        if not self.frozen:
+            return _as_list(self.backbone(image))
+        with torch.no_grad():
+            # compilers fold by themselves, and export wants the plain names
+            if torch.compiler.is_compiling() or not isinstance(self.backbone, fx.GraphModule):
+                return _as_list(self.backbone(image))
+            device = image.device.type
+            is_autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if is_autocast else image.dtype
+            return _as_list(self._fold(dtype)(image.to(dtype)))
+
+    def _fold(self, dtype: torch.dtype) -> nn.Module:
+        """Return the folded backbone, made anew when a weight is another one or was written to."""
+        tensors = chain(self.backbone.parameters(), self.backbone.buffers())
+        key = (dtype, [(id(t), 0 if t.is_inference() else t._version) for t in tensors])
+        if self._folded is None or self._folded[0] != key:
+            self._folded = None  # before the new one: memory for one copy, not two
+            twin = copy.deepcopy(self.backbone).eval()
+            self._folded = (key, fuse(twin, inplace=True, no_trace=True).to(dtype))
+        return self._folded[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+        self._folded = None  # `to` swaps the data of a parameter without counting it as written
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
+
+
+class Stages(nn.Module):
+    """The maps of a Swin or ConvNeXt of torchvision, each with its channels normalised.
+
+    Between their stages nothing is normalised, so magnitudes differ by channel and depth. The
+    LayerNorm has no weights of its own: the fusion's convolution follows, which has.
+    """
+
+    def __init__(self, features: nn.Sequential, *, channels_last: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.channels_last = channels_last  # Swin's tensors are (N, h, w, C)
+        for module in features.modules():
+            if isinstance(module, StochasticDepth):
+                # It draws from the global generator, and a run could not be resumed bit for bit
+                module.p = 0.0
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Turn (N, 3, H, W) into the maps behind stages 1 to 4."""
+        maps = []
+        for number, stage in enumerate(self.features):
+            x = stage(x)
+            if number % 2:  # even ones embed and merge patches
+                tap = x if self.channels_last else x.permute(0, 2, 3, 1)
+                maps.append(F.layer_norm(tap, tap.shape[-1:]).permute(0, 3, 1, 2))
+        return maps
+
+
+def _as_list(maps: Any) -> list[Tensor]:
+    return list(maps.values()) if isinstance(maps, dict) else list(maps)
+
+
+def _resnet(name: str) -> Encoder:
+    # blocks that start as identities: from scratch, a ResNet begins to learn at once (1706.02677)
+    network = getattr(resnet, name)(weights=None, zero_init_residual=True)
+    taps = {"relu": "s2", "layer1": "s4", "layer2": "s8", "layer3": "s16", "layer4": "s32"}
+    deep = network.fc.in_features
+    channels = (64, deep // 8, deep // 4, deep // 2, deep)
+    return Encoder(create_feature_extractor(network, taps), channels, (2, 4, 8, 16, 32))
+
+
+def _stages(name: str) -> Encoder:
+    network = getattr(torchvision.models, name)(weights=None)
+    wide = 128 if name in ("swin_b", "swin_v2_b", "convnext_base") else 96
+    stages = Stages(network.features, channels_last=name.startswith("swin"))
+    return Encoder(stages, [wide, 2 * wide, 4 * wide, 8 * wide], (4, 8, 16, 32), multiple=32)
+
+
+def timm_network(name: str, *, features_only: bool = True, **options: Any) -> Any:
+    """Build a network of timm that returns its maps, or whole; options as of `timm.create_model`.
+
+    Raises:
+        UserError: timm is not installed.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            f"--backbone {name}: timm is not installed; pip install -r requirements-zoo.txt"
+        ) from None
+    model = name.removeprefix(TIMM)
+    if "swin" in model:
+        options["strict_img_size"] = False  # else images of its training's size alone
+    return timm.create_model(model, features_only=features_only, **options)
+
+
+def _timm(name: str) -> Encoder:
+    """Cut a network of timm into stages; its stride-64 maps and the like are left out."""
+    try:
+        backbone = timm_network(name)
+        channels, strides = backbone.feature_info.channels(), backbone.feature_info.reduction()
+    except UserError:
+        raise
+    except Exception as error:  # timm raises whatever its networks do for a name or an option
+        raise UserError(f"--backbone {name}: timm cannot build it ({error})") from None
+    wanted = [i for i, stride in enumerate(strides) if stride in (2, 4, 8, 16, 32)]
+    strides = [strides[i] for i in wanted]
+    if strides not in ([2, 4, 8, 16, 32], [4, 8, 16, 32]):
+        raise UserError(
+            f"--backbone {name}: its maps have the strides {strides}; needs 4, 8, 16, 32"
+        )
+    about = backbone.pretrained_cfg
+    return Encoder(
+        TimmStages(backbone, wanted, channels),
+        [channels[i] for i in wanted],
+        strides,
+        multiple=32,
+        mean=about.get("mean") or IMAGENET_MEAN,
+        std=about.get("std") or IMAGENET_STD,
+    )
+
+
+class TimmStages(nn.Module):
+    """Some maps of a timm network, as (N, C, h, w); a few of its families give (N, h, w, C)."""
+
+    def __init__(self, network: nn.Module, wanted: Sequence[int], channels: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.wanted = tuple(wanted)
+        self.channels = tuple(channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Turn (N, 3, H, W) into the wanted maps."""
+        maps = self.network(x)
+        return [
+            maps[i] if maps[i].shape[1] == self.channels[i] else maps[i].permute(0, 3, 1, 2)
+            for i in self.wanted
+        ]
+
+
+ENCODERS: dict[str, Callable[[str], Encoder]] = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _resnet),
+    **dict.fromkeys(("swin_t", "swin_s", "swin_b"), _stages),
+    **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), _stages),
+    **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), _stages),
+}
+
+
+def build_encoder(name: str) -> Encoder:
+    """Build a backbone with random weights; see `pretrained.py` for its own.
+
+    Raises:
+        UserError: an unknown name, or a timm network that cannot be used.
+    """
+    check_backbone(name)
+    return _timm(name) if name.startswith(TIMM) else ENCODERS[name](name)
+
+
+def check_backbone(name: str) -> None:
+    """Raise UserError, with the known names, for a backbone that there is not."""
+    # timm would also take the address of a file, or of a repository that it then downloads
+    if name not in ENCODERS and not re.fullmatch(rf"{TIMM}[\w.-]+", name):
+        known = ", ".join(ENCODERS)
+        raise UserError(f"--backbone {name}: choose one of {known}, or {TIMM}NAME")

@@ -1,0 +1,184 @@
+"""Weights for the encoder: torchvision's ImageNet ones, timm's own, or a file.
+
+A wrong or missing file is an error with its remedies; random weights are never put in silently.
+"""
+
+import pickle
+import socket
+import urllib.error
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+from networks.encoders import TIMM, Encoder, timm_network
+from runtime.errors import UserError
+from runtime.torch_file import read_torch_file
+
+OURS = "encoder.backbone."  # before the names in our checkpoints
+TIMEOUT = 15  # seconds without an answer before a download is given up
+REMEDIES = (
+    "give --weights PATH with a state dict of this backbone, "
+    "or --weights none to train from scratch"
+)
+
+
+class WeightsUnavailableError(UserError):
+    """The ImageNet weights cannot be had right now."""
+
+
+def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
+    """Fill the encoder and say with what.
+
+    Args:
+        encoder: is changed in place.
+        backbone: its name, as of `encoders.build_encoder`.
+        source: "imagenet", "none", or the path of a state dict (torchvision's or timm's names, with
+            or without the classifier) or of one of our checkpoints.
+
+    Returns:
+        A phrase for the log, such as "ImageNet (ResNet50_Weights.IMAGENET1K_V2)".
+
+    Raises:
+        WeightsUnavailableError: no network, or a broken download.
+        UserError: the file is missing, unreadable or of another architecture.
+    """
+    if source == "none":
+        return "none: the encoder starts from random numbers"
+    if source == "imagenet":
+        state, words = library_weights(backbone)
+        _fill(encoder, state, words)
+        return words
+    state = read_state_dict(Path(source))
+    if backbone.startswith(TIMM) and not any(key.startswith(OURS) for key in state):
+        _check_is_timm(backbone, state, source)
+        state = _timm_state(backbone, source, pretrained_cfg_overlay={"state_dict": state})
+    _fill(encoder, state, source)
+    return source
+
+
+def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
+    """Fetch a backbone's weights as its library publishes them, and name them.
+
+    Raises:
+        WeightsUnavailableError: no network, or a broken download.
+        UserError: there are none.
+    """
+    if backbone.startswith(TIMM):
+        return _timm_state(backbone, backbone), f"pretrained ({backbone})"
+    url = imagenet_url(backbone)
+    return download(url), f"ImageNet ({get_model_weights(backbone).DEFAULT})"
+
+
+def check_source(source: str) -> None:
+    """Raise UserError if `source` is neither "imagenet" nor "none" nor a file."""
+    if source not in ("imagenet", "none") and not Path(source).is_file():
+        raise UserError(f"--weights {source}: no such file; {REMEDIES}")
+
+
+def imagenet_url(backbone: str) -> str:
+    """Return where torchvision's best ImageNet weights of a backbone are: IMAGENET1K_V2 if any.
+
+    Raises:
+        UserError: torchvision has no such backbone.
+    """
+    try:
+        return get_model_weights(backbone).DEFAULT.url
+    except ValueError:
+        raise UserError(f"--backbone {backbone}: torchvision has no weights for it") from None
+
+
+def download(url: str) -> dict[str, Tensor]:
+    """Fetch a state dict into torch.hub's cache, its SHA-256 checked against the file's name.
+
+    Raises:
+        WeightsUnavailableError: unreachable, broken off, or not the file that was asked for.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (urllib.error.URLError, OSError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise WeightsUnavailableError(
+            f"{url}: cannot be downloaded ({reason}); {REMEDIES}"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsUnavailableError(
+            f"{url}: the download is broken ({reason}); delete {cached} if it is there and try "
+            f"again, or {REMEDIES}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, running no code in it.
+
+    Raises:
+        UserError: missing, unreadable, or something else than a dictionary of tensors.
+    """
+    check_source(str(path))
+    try:
+        content = read_torch_file(path, checked=False)
+    except ValueError as error:
+        raise UserError(
+            f"--weights {path}: not a readable PyTorch file ({error}); {REMEDIES}"
+        ) from None
+    for key in ("model", "state_dict"):  # a training checkpoint, ours or a neighbour's
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"--weights {path}: holds no state dict; {REMEDIES}")
+    return content
+
+
+def _timm_state(backbone: str, source: str, **options: Any) -> dict[str, Tensor]:
+    """Let timm fetch or convert weights: its plain names differ from those of its maps."""
+    try:
+        network = timm_network(backbone, pretrained=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of hubs, hosts, files and networks, each of its own type
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsUnavailableError(
+            f"{source}: its weights cannot be had ({reason}); {REMEDIES}"
+        ) from None
+    return {f"network.{key}": value for key, value in network.state_dict().items()}
+
+
+def _check_is_timm(backbone: str, state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError unless a state dict has all weights; timm itself leaves gaps random."""
+    network = timm_network(backbone, features_only=False)
+    head = network.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    wanted = {k: v for k, v in network.state_dict().items() if not (heads and k.startswith(heads))}
+    _check_fits(wanted, state, source)
+
+
+def _fill(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
+    if any(key.startswith(OURS) for key in state):
+        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    wanted = encoder.backbone.state_dict()
+    _check_fits(wanted, state, source)
+    encoder.backbone.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
+
+
+def _check_fits(wanted: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or shapes:
+        what = f"lacks {missing[0]}" if missing else f"has another shape for {shapes[0]}"
+        raise UserError(
+            f"{source}: does not fit the backbone: it {what} "
+            f"({len(missing)} missing, {len(shapes)} of other shape, {len(wanted)} wanted); "
+            "give weights of the same backbone, or change --backbone"
+        )

@@ -1,0 +1,1 @@
+"""What does the sample set look like?"""

@@ -1,0 +1,1 @@
+"""What does a long run on any machine need?"""

@@ -1,0 +1,149 @@
+"""What this machine offers: the device, a precision that pays there, workers, memory that stays."""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from runtime.errors import UserError
+
+
+def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
+    """Return the device called `name`, or the best one for "auto": CUDA, then MPS, then the CPU.
+
+    Args:
+        name: of the device.
+        local_rank: of several processes on this machine, this one's number: it takes the GPU of
+            that number, or the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if local_rank is not None:
+        return _device_of_process(name, local_rank)
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:1 or mps") from None
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise UserError(f"--device {name}: PyTorch does not see it here; try --device auto")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Turn "auto" into "bf16" where the device multiplies it faster than float32, else "off".
+
+    float16 is never picked: it needs a scaler and can overflow.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "off"
+
+
+def describe(device: torch.device) -> str:
+    """Name the device for people: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def pick_workers(asked: int | None, num_processes: int = 1) -> int:
+    """Return the number of loader processes: else one less than the usable cores, at most 8.
+
+    Args:
+        asked: goes before.
+        num_processes: that train on this machine and share its cores.
+    """
+    if asked is not None:
+        return asked
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, min(8, (usable or 1) // num_processes - 1))
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still take: of the machine, and of its container."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        found.append(1024 * int(kilobytes))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        found.append(int(limit) - int(used))
+    if not found and hasattr(os, "sysconf"):  # macOS tells all of it: count on half
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(found, default=2**32))
+
+
+@contextmanager
+def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size") -> Iterator[None]:
+    """Turn an exhausted device or machine into one line with what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's has no type of its own
+        is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
+            raise
+        accumulate = " --accumulate 2" if flag == "--crop-size" else ""
+        raise UserError(
+            f"out of memory with --batch-size {batch_size} and {flag} {side}; try "
+            f"--batch-size {max(1, batch_size // 2)}{accumulate}, or a smaller {flag}"
+        ) from None
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks for the next step instead of returning them.
+
+    Without it each step's activations are mapped and zeroed anew, which costs some 15 % where a
+    ResNet50 learns on two cores (benchmarks/README.md; `mallopt(3)`; a no-op on other C libraries).
+    """
+    if sys.platform != "linux":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):  # musl
+        return
+
+
+def _device_of_process(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: of several processes each takes its own; cuda or cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not num_gpus):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"process {local_rank + 1} on this machine finds {num_gpus} GPUs: start as many with "
+            "--nproc-per-node, or give --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has bfloat16 products; without them oneDNN emulates, slower than float32."""
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if getattr(torch.cpu, probe, lambda: False)():
+            return True
+    return False

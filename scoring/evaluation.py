@@ -1,0 +1,204 @@
+"""Evaluate a model on a split: the threshold from val, the counts by protocol, the robustness.
+
+    default    the model's own rule: probability of change above 0.5, or with several classes argmax
+    val        change where its probability is above the threshold that scores highest on val
+
+The threshold is chosen for each protocol on the validation split and then used on the split that
+was asked for, which has no say in it. On val itself its score is optimistic, and marked so.
+Of several processes each predicts its share of the images, and all get the counts of every one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from metrics import Confusion, build_confusion
+from pairs.cache import Source, Subset
+from runtime.distributed import gather, rank, share
+from scoring.corruptions import CORRUPTIONS, CorruptedSource
+from scoring.counts import (
+    ImageCounts,
+    Prediction,
+    SplitCounts,
+    best_threshold,
+    count_image,
+    histogram_of,
+)
+from scoring.protocols import Predicted, Predictor
+
+DEFAULT, BY_VAL = "default", "val"  # operating points
+ROBUSTNESS_PROTOCOL = "patches"  # the cheapest: no overlap, no blending
+NUM_WORST = 10
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """What one protocol gave on a split.
+
+    Attributes:
+        description: of the protocol, in words.
+        points: the operating points: a threshold by name, None for the model's own rule.
+        counts: of every image.
+        worst: the pairs with the most wrong pixels at `default`, by number, and their predictions.
+    """
+
+    description: str
+    points: dict[str, float | None]
+    counts: SplitCounts
+    worst: list[tuple[int, Prediction]]
+
+
+def evaluate_protocol(
+    predictor: Predictor,
+    protocol: str,
+    source: Source,
+    val: Source,
+    *,
+    names: Sequence[str] | None = None,
+    min_pixels: int = 1,
+) -> ProtocolResult:
+    """Choose a threshold on val and count on the split; each image is predicted once.
+
+    Args:
+        predictor: the model.
+        protocol: one of `protocols.PROTOCOLS`.
+        source: the split.
+        val: the validation split; the same object where that is the split.
+        names: of the classes.
+        min_pixels: of an object that counts.
+    """
+    empty = _confusion_of(predictor, names)
+    num_labels = len(empty().classes)
+
+    def predict(pairs: Source, on: str) -> Iterable[tuple[int, Predicted]]:
+        bar = f"{protocol} on {on}"
+        predictions = _predict_share(predictor, pairs, protocol)
+        own = len(share(pairs.pairs))
+        silent = True if rank() else None  # None: where nobody watches
+        return tqdm(predictions, bar, own, disable=silent, leave=False, unit="pair")
+
+    def count(number: int, predicted: Predicted) -> ImageCounts:
+        name = source.pairs[number].name
+        return count_image(
+            name, *predicted, points=points, num_labels=num_labels, min_pixels=min_pixels
+        )
+
+    def worst_of(images: Mapping[int, ImageCounts]) -> list[int]:
+        return sorted(images, key=lambda i: -images[i].num_wrong(DEFAULT))[:NUM_WORST]
+
+    on_val = predict(val, "val")
+    if source is val:
+        on_val = list(on_val)  # five bytes a pixel, instead of predicting twice
+    histograms = _merged({number: histogram_of(*predicted) for number, predicted in on_val})
+    points = {DEFAULT: None, BY_VAL: best_threshold(histograms.values())}
+    images: dict[int, ImageCounts] = {}
+    kept: dict[int, Prediction] = {}
+    for number, predicted in on_val if source is val else predict(source, "the split"):
+        images[number], kept[number] = count(number, predicted), predicted[0]
+        kept = {i: kept[i] for i in worst_of({i: images[i] for i in kept})}
+    images = _merged(images)
+    worst = worst_of(images)
+    kept = _merged({i: prediction for i, prediction in kept.items() if i in worst})
+    return ProtocolResult(
+        predictor.describe(protocol),
+        points,
+        SplitCounts(list(images.values()), empty),
+        [(i, kept[i]) for i in worst],
+    )
+
+
+def measure_robustness(
+    predictor: Predictor,
+    source: Source,
+    *,
+    max_pairs: int,
+    names: Sequence[str] | None = None,
+    min_pixels: int = 1,
+) -> list[dict[str, Any]]:
+    """Score at the default operating point with the later date corrupted, by patches.
+
+    Args:
+        predictor: the model.
+        source: the split.
+        max_pairs: to use, spread evenly over the split; 0 is all.
+        names: of the classes.
+        min_pixels: of an object that counts.
+
+    Returns:
+        A row for each corruption and level: both, the number of pairs and of counted pixels, and
+        the scores, with the 95 % interval of the change IoU. Every curve holds the same row of
+        uncorrupted pairs.
+    """
+    empty = _confusion_of(predictor, names)
+    num_pairs = min(len(source), max_pairs or len(source))
+    some = Subset(source, [i * len(source) // num_pairs for i in range(num_pairs)])
+    steps = [
+        (name, level)
+        for name, corruption in CORRUPTIONS.items()
+        for level in corruption.levels
+        if level != corruption.neutral
+    ]
+
+    def score(name: str, level: float) -> dict[str, Any]:
+        corrupted = CorruptedSource(some, CORRUPTIONS[name], level)
+        images = {
+            number: count_image(
+                corrupted.pairs[number].name,
+                *predicted,
+                points={DEFAULT: None},
+                num_labels=len(empty().classes),
+                min_pixels=min_pixels,
+            )
+            for number, predicted in _predict_share(predictor, corrupted, ROBUSTNESS_PROTOCOL)
+        }
+        counts = SplitCounts(list(_merged(images).values()), empty)
+        low, high = counts.intervals(DEFAULT)["change_iou"]
+        return {
+            "corruption": name,
+            "level": level,
+            "pairs": num_pairs,
+            "pixels": int(counts.histogram.sum()),
+            "change_iou_low": low,
+            "change_iou_high": high,
+            **counts.scores(DEFAULT),
+        }
+
+    first = next(iter(CORRUPTIONS))
+    clean = score(first, CORRUPTIONS[first].neutral)
+    silent = True if rank() else None
+    rows = {
+        step: score(*step)
+        for step in tqdm(steps, "robustness", disable=silent, leave=False, unit="level")
+    }
+    return [
+        rows.get((name, level), {**clean, "corruption": name, "level": level})
+        for name, corruption in CORRUPTIONS.items()
+        for level in corruption.levels
+    ]
+
+
+def _predict_share(
+    predictor: Predictor, source: Source, protocol: str
+) -> Iterator[tuple[int, Predicted]]:
+    """Predict this process's share of the images; yield the number of each, too."""
+    numbers = share(range(len(source)))
+    predictions = predictor.predict(Subset(source, numbers), protocol)
+    return zip(numbers, predictions, strict=True)
+
+
+def _merged(of_images: dict[int, T]) -> dict[int, T]:
+    """Put what the processes have of their images together, in the split's order."""
+    return {number: value for part in gather(of_images) for number, value in sorted(part.items())}
+
+
+def _confusion_of(predictor: Predictor, names: Sequence[str] | None) -> Callable[[], Confusion]:
+    model = predictor.model
+
+    def empty() -> Confusion:
+        return build_confusion(model.task, model.num_classes, names=names)
+
+    return empty

@@ -1,0 +1,253 @@
+"""What an evaluation leaves behind: a folder that appears whole, and numbers in the run's trackers.
+
+    scores.json, scores.txt    every number; the table
+    images.csv                 a row for each image, protocol and operating point
+    robustness.csv             a row for each corruption and level
+    *.png                      the figures of `plots.py`
+
+With several checkpoints the last three lie in a folder for each.
+"""
+
+import csv
+import itertools
+import json
+import math
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from runtime.checkpoint import digest_of
+from runtime.errors import UserError
+from runtime.tracking import Tracker
+from scoring.counts import ImageCounts
+from scoring.evaluation import ProtocolResult
+from scoring.report import FEW_PAIRS, Report, as_json, text
+from visualize import save_figure
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One checkpoint, evaluated.
+
+    Attributes:
+        path: of the checkpoint, in the folder of its run.
+        state: its content.
+        report: its part of the report.
+        results: by protocol.
+        figures: by name.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    report: Report
+    results: dict[str, ProtocolResult]
+    figures: dict[str, Figure]
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return self.path.resolve().parent
+
+
+def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evaluated]) -> Path:
+    """Write everything into a new folder.
+
+    Args:
+        wanted: the folder; what is there already stays, see `write_folder`. When None it is
+            evaluation/<split> in the run's folder, or with several checkpoints beside that of the
+            first; of other data than the training's it is evaluation/<data>-<split>.
+        report: of all checkpoints.
+        evaluated: the checkpoints.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    run_dir = evaluated[0].run_dir
+    home = run_dir if len(evaluated) == 1 else run_dir.parent
+
+    def fill(folder: Path) -> None:
+        (folder / "scores.json").write_text(as_json(report) + "\n", "utf-8")
+        (folder / "scores.txt").write_text(text(report) + "\n", "utf-8")
+        for one, part in zip(evaluated, _parts(folder, evaluated), strict=True):
+            part.mkdir(exist_ok=True)
+            _write_rows(part / "images.csv", _image_rows(one.results))
+            if "robustness" in one.report:
+                _write_rows(part / "robustness.csv", one.report["robustness"]["rows"])
+            for name, figure in one.figures.items():
+                save_figure(figure, part / f"{name}.png")
+
+    return write_folder(wanted or home / "evaluation" / report["place"], fill)
+
+
+def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
+    """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
+
+    Of overlapping windows if that protocol was evaluated, else of the first one. The newest counts
+    that is beside the checkpoint, or beside its run where several were evaluated together. One of
+    another checkpoint, of other data than the training's, of fewer than `FEW_PAIRS`, or that cannot
+    be read, does not count.
+    """
+    run_dir = checkpoint.resolve().parent
+    found = [p for home in (run_dir, run_dir.parent) for p in home.glob("evaluation/*/scores.json")]
+    digest = digest_of(checkpoint) if found else ""
+    for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            report = json.loads(path.read_text("utf-8"))
+            run = next(r for r in report["runs"] if r["sha256"] == digest)
+            if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
+                continue
+            protocols = run["protocols"]
+            protocol = protocols.get("sliding") or next(iter(protocols.values()))
+            threshold = float(protocol["points"]["val"]["threshold"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            continue
+        if 0 <= threshold <= 1:
+            return threshold, path
+    return None
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before hours of work that nothing can be written in a folder, or beside it.
+
+    Raises:
+        UserError: so it is.
+    """
+    existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            return
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); --output-dir") from None
+
+
+def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
+    """Make a folder that appears whole, under the name wanted or wanted-2, wanted-3, ...
+
+    Args:
+        wanted: a folder that is there already stays as it is.
+        fill: writes into the folder that it is given.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    # not the number of this process: in a container it is that of a killed one before
+    beside = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        fill(beside)
+        for number in itertools.count(1):
+            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            if not folder.exists():
+                return beside.rename(folder)
+    except OSError as error:
+        raise UserError(f"{wanted}: cannot be written ({error.strerror}); --output-dir") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    raise AssertionError("unreachable")
+
+
+def log_results(
+    folder: Path, report: Report, evaluated: Sequence[Evaluated], *, store: Path, use_mlflow: bool
+) -> None:
+    """Add scores and figures to the MLflow run of each training, and to TensorBoard.
+
+    Names begin with evaluation/<split>/<protocol>/<operating point>/, or of other data than that
+    of the training evaluation/<data>-<split>/; the step is the epoch of the
+    checkpoint. TensorBoard's files lie with the results, where they are a run of their own.
+    Nothing here can fail: see `tracking.py`.
+
+    Args:
+        folder: of the results.
+        report: of all checkpoints.
+        evaluated: the checkpoints.
+        store: folder of mlflow.db, where no server is named.
+        use_mlflow: False leaves MLflow out.
+    """
+    prefix = f"evaluation/{report['place']}"
+    for one, part in zip(evaluated, _parts(folder, evaluated), strict=True):
+        epoch = one.report["epoch"]
+        scores = {
+            f"{prefix}/{protocol}/{point}/{name}": value
+            for protocol, of in one.report["protocols"].items()
+            for point, at in of["points"].items()
+            for name, value in at["scores"].items()
+            if math.isfinite(value)  # there is no mean over no images
+        }
+        for row in one.report.get("robustness", {}).get("rows", ()):
+            name = f"{prefix}/robustness/{row['corruption']}/{row['level']:g}/change_iou"
+            scores[name] = row["change_iou"]
+        with Tracker(
+            part,
+            config=one.state["config"],
+            tags={"evaluated": str(one.path), "split": report["split"], "dataset": report["data"]},
+            store=store,
+            use_mlflow=use_mlflow,
+            mlflow_run_id=one.state.get("mlflow_run_id"),
+            guest=True,
+        ) as tracker:
+            tracker.log_scores(scores, epoch)
+            for name, figure in one.figures.items():
+                tracker.log_figure(f"{prefix}/{name}", figure, epoch)
+            tracker.log_artifact(folder / "scores.json", prefix)
+
+
+def _parts(folder: Path, evaluated: Sequence[Evaluated]) -> list[Path]:
+    """Return the folder of each checkpoint's own files."""
+    if len(evaluated) == 1:
+        return [folder]
+    return [folder / f"{number}-{one.run_dir.name}" for number, one in enumerate(evaluated, 1)]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _image_rows(results: Mapping[str, ProtocolResult]) -> list[dict[str, Any]]:
+    return [
+        {
+            "pair": image.name,
+            "height": image.size[0],
+            "width": image.size[1],
+            "protocol": protocol,
+            "point": point,
+            "threshold": "" if threshold is None else threshold,
+            **_image_scores(image, point),
+        }
+        for protocol, result in results.items()
+        for point, threshold in result.points.items()
+        for image in result.counts.images
+    ]
+
+
+def _image_scores(image: ImageCounts, point: str) -> dict[str, float]:
+    matrix, objects = image.tables[point][0], image.objects[point]
+    hit = int(matrix[1:, 1:].sum())
+    false_alarm, missed = int(matrix[0, 1:].sum()), int(matrix[1:, 0].sum())
+    wrong = false_alarm + missed
+    return {
+        # 1 where nothing changed and nothing is claimed, as in `metrics.py`
+        "change_iou": hit / (hit + wrong) if hit + wrong else 1.0,
+        "change_dice": 2 * hit / (2 * hit + wrong) if hit + wrong else 1.0,
+        "hit_pixels": hit,
+        "false_alarm_pixels": false_alarm,
+        "missed_pixels": missed,
+        "right_unchanged_pixels": int(matrix[0, 0]),
+        "wrong_class_pixels": image.num_wrong(point) - wrong,
+        "objects_real": objects.real,
+        "objects_found": objects.found,
+        "objects_missed": objects.missed,
+        "objects_claimed": objects.claimed,
+        "objects_invented": objects.invented,
+    }

@@ -1,0 +1,97 @@
+"""Augmentation: the same geometry for all three, colour for each date, chance only from the rng."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pairs.augment import Augment
+from pairs.images import IGNORE
+
+GEOMETRY = Augment(brightness=0, contrast=0, saturation=0, hue=0)
+STILL = Augment(flip=False, turn=False, swap=False, brightness=0, contrast=0, saturation=0, hue=0)
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def sample(height: int = 6, width: int = 6) -> Triple:
+    """Two dates with a mask that repeats their first channel, so that moves can be compared."""
+    numbers = torch.arange(height * width, dtype=torch.uint8).view(height, width)
+    before = torch.stack([numbers, numbers, numbers])
+    return before, before + 100, numbers
+
+
+def augmented(augment: Augment, seed: int, given: Triple | None = None) -> Triple:
+    return augment(*(given or sample()), np.random.default_rng(seed))
+
+
+def test_geometry_is_one_for_both_dates_and_the_mask() -> None:
+    seen: Counter[tuple[bool, tuple[int, ...]]] = Counter()
+    for seed in range(400):
+        before, after, mask = augmented(GEOMETRY, seed)
+        swapped = bool(before.max() > after.max())
+        dates = (after, before) if swapped else (before, after)
+        assert torch.equal(dates[0][0], mask)
+        assert torch.equal(dates[1][0], mask + 100)
+        seen[swapped, tuple(mask.flatten().tolist())] += 1
+    assert len(seen) == 16  # 8 symmetries of the square, swapped or not
+    assert max(seen.values()) < 50  # of 400 / 16 = 25
+
+
+def test_nothing_switched_on_changes_nothing() -> None:
+    for seed in range(8):
+        for out, given in zip(augmented(STILL, seed), sample(), strict=True):
+            assert torch.equal(out, given)
+
+
+def test_jitter_differs_per_date_and_spares_the_mask() -> None:
+    given = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(0))
+    image = given.to(torch.uint8)
+    mask = torch.full((16, 16), IGNORE, dtype=torch.uint8)
+    augment = Augment(flip=False, turn=False, swap=False)
+    before, after, out = augmented(augment, 3, (image, image.clone(), mask))
+    assert torch.equal(out, mask)
+    assert not torch.equal(before, after)
+    assert not torch.equal(before, image)
+    assert before.dtype == after.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("knob", ["brightness", "contrast", "saturation", "hue"])
+def test_each_knob_has_an_effect(knob: str) -> None:
+    image = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(1))
+    given = (image.to(torch.uint8), image.to(torch.uint8), torch.zeros(8, 8, dtype=torch.uint8))
+    off = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    augment = Augment(flip=False, turn=False, swap=False, **{**off, knob: 0.4})
+    assert not torch.equal(augmented(augment, 0, given)[0], given[0])
+
+
+def test_chance_comes_from_the_generator_alone() -> None:
+    state = torch.random.get_rng_state(), repr(np.random.get_state())  # noqa: NPY002
+    torch.manual_seed(1)
+    first = augmented(Augment(hue=0.1), 5)
+    torch.manual_seed(2)
+    second = augmented(Augment(hue=0.1), 5)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    third = augmented(Augment(hue=0.1), 6)
+    assert not all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    torch.random.set_rng_state(state[0])
+    augmented(Augment(hue=0.1), 7)
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert repr(np.random.get_state()) == state[1]  # noqa: NPY002
+
+
+def test_geometry_does_not_depend_on_the_colours() -> None:
+    for seed in range(20):
+        assert torch.equal(augmented(GEOMETRY, seed)[2], augmented(Augment(), seed)[2])
+
+
+def test_exchanged_dates_take_their_labels_along() -> None:
+    before, after, numbers = sample()
+    masks = torch.stack([numbers, numbers + 100])
+    swaps = 0
+    for seed in range(40):
+        first, second, both = augmented(GEOMETRY, seed, (before, after, masks))
+        assert torch.equal(torch.stack([first[0], second[0]]), both)
+        swaps += bool(first.max() > second.max())
+    assert 10 < swaps < 30

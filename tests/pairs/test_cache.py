@@ -1,0 +1,346 @@
+"""The cache of decoded pairs: the same pixels as the files, never stale, never half there."""
+
+import errno
+import multiprocessing
+import multiprocessing.queues
+import multiprocessing.synchronize
+import os
+import pickle
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import mask_of, picture, save, save_pair
+from test_dataset import CODING, SIZES, digest
+
+import dataset as datasets
+from pairs import cache as sources
+from pairs.augment import Augment
+from pairs.cache import CachedSource, FileSource, Source, open_source
+from pairs.images import MaskCoding
+from pairs.layouts import find_pairs
+from runtime.errors import UserError
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for index, size in enumerate(SIZES):
+        save_pair(root / "train", f"p{index}", index, size)
+    save_pair(root / "val", "v", 99)
+    return root
+
+
+def opened(root: Path, cache: str = "disk", coding: MaskCoding = CODING) -> Source:
+    pairs = find_pairs(root).splits["train"]
+    return open_source(pairs, coding, cache=cache, folder=root / "cache")
+
+
+def caches(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "cache").glob("*") if path.name != "lock")
+
+
+def same(one: Source, other: Source) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(one.planes(number), other.planes(number)) for number in range(len(one))
+    )
+
+
+def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    decoded: list[int] = []
+    decode = FileSource.decode
+
+    def counted(self: FileSource, number: int) -> torch.Tensor:
+        decoded.append(number)
+        return decode(self, number)
+
+    monkeypatch.setattr(FileSource, "decode", counted)
+    return decoded
+
+
+@pytest.mark.parametrize("cache", ["auto", "disk", "ram", "none"])
+def test_planes_are_what_was_saved(data: Path, cache: str) -> None:
+    source = opened(data, cache)
+    assert isinstance(source, FileSource if cache == "none" else CachedSource)
+    assert source.sizes == SIZES
+    for number, size in enumerate(SIZES):
+        planes = source.planes(number).numpy()
+        assert np.array_equal(planes[:3].transpose(1, 2, 0), picture(2 * number, *size))
+        assert np.array_equal(planes[3:6].transpose(1, 2, 0), picture(2 * number + 1, *size))
+        assert np.array_equal(planes[6], mask_of(*size) // 255)
+
+
+@pytest.mark.parametrize("cache", ["disk", "ram"])
+@pytest.mark.parametrize("augment", [None, Augment()])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_are_those_of_the_files(
+    data: Path, cache: str, augment: Augment | None, num_workers: int
+) -> None:
+    def batches(source: Source, num_workers: int) -> list[str]:
+        data_set = datasets.ChangeDataset(source, crop_size=32, augment=augment)
+        loader = datasets.make_loader(data_set, 4, shuffle=True, num_workers=num_workers)
+        found = digest(loader)
+        loader.close()
+        return found
+
+    assert batches(opened(data, cache), num_workers) == batches(opened(data, "none"), 0)
+
+
+def test_a_cache_is_built_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decoding(monkeypatch)
+    opened(data)
+    assert sorted(decoded) == list(range(len(SIZES)))
+    before = caches(data)
+    opened(data)
+    assert len(decoded) == len(SIZES)
+    assert caches(data) == before and len(before) == 1
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("which", ["A", "B", "label"])
+def test_a_changed_file_is_decoded_again(data: Path, which: str) -> None:
+    stale = opened(data)
+    path = data / "train" / which / "p2.png"
+    save(path, mask_of(32, 32, 0) if which == "label" else picture(77))
+    assert not same(opened(data), stale)
+    assert same(opened(data), opened(data, "none"))
+    assert len(caches(data)) == 1  # the old one is gone
+
+
+@pytest.mark.fault("D13")
+def test_the_same_bytes_at_another_time_are_decoded_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(data)
+    decoded = count_decoding(monkeypatch)
+    path = data / "train" / "A" / "p2.png"
+    os.utime(path, ns=(1, 1))
+    opened(data)
+    assert len(decoded) == len(SIZES)
+
+
+def test_other_labels_or_other_pairs_have_caches_of_their_own(data: Path) -> None:
+    one = opened(data)
+    swapped = opened(data, coding=MaskCoding((255, 0)))
+    assert len(caches(data)) == 2
+    assert torch.equal(one.planes(2)[6], 1 - swapped.planes(2)[6])
+    pairs = find_pairs(data).splits["train"][1:]
+    open_source(pairs, CODING, cache="disk", folder=data / "cache")
+    assert len(caches(data)) == 3
+
+
+def test_the_same_labels_of_other_images_have_a_cache_of_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    for path in data.rglob("*.png"):
+        link = other / path.relative_to(data)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if "label" in path.parts:
+            link.symlink_to(path)
+        else:
+            shutil.copy2(path, link)  # of the same size and time
+    for root in (data, other):
+        monkeypatch.chdir(root)
+        pairs = find_pairs(".").splits["train"]
+        open_source(pairs, CODING, cache="disk", folder=data / "cache")
+    assert len(caches(data)) == 2
+
+
+@pytest.mark.fault("D13")
+def test_a_run_that_began_keeps_its_cache_while_files_change(data: Path) -> None:
+    source, expected = opened(data), opened(data, "ram")
+    save(data / "train" / "A" / "p2.png", picture(77))
+    opened(data)
+    assert same(source, expected)
+
+
+@pytest.mark.fault("D13")
+def test_a_truncated_cache_is_built_again(data: Path) -> None:
+    opened(data)
+    (name,) = caches(data)
+    path = data / "cache" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert same(opened(data), opened(data, "none"))
+    assert path.read_bytes() == content
+
+
+def test_the_rest_of_a_killed_build_goes(data: Path) -> None:
+    (data / "cache").mkdir()
+    rest = data / "cache" / "0-0.unfinished"
+    rest.write_bytes(b"half")
+    opened(data)
+    assert not rest.exists()
+
+
+def test_a_broken_file_leaves_nothing_behind(data: Path) -> None:
+    path = data / "train" / "B" / "p4.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    for cache in ("disk", "auto", "ram"):
+        with pytest.raises(UserError, match=r"p4\.png"):
+            opened(data, cache)
+        assert caches(data) == []
+
+
+@pytest.mark.fault("D13")
+def test_a_file_that_changes_while_it_is_decoded_is_no_cache(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = FileSource.decode
+
+    def change(self: FileSource, number: int) -> torch.Tensor:
+        planes = decode(self, number)
+        os.utime(self.pairs[number].after, ns=(1, 1))
+        return planes
+
+    monkeypatch.setattr(FileSource, "decode", change)
+    with pytest.raises(UserError, match="changed during the run"):
+        opened(data)
+    assert caches(data) == []
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+
+
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "available_memory", lambda: 10)
+
+
+@pytest.mark.fault("P4")
+def test_a_full_disk_is_said(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_disk(monkeypatch)
+    with pytest.raises(UserError, match="--cache disk: no cache of .* make room, or --cache none"):
+        opened(data)
+    assert isinstance(opened(data, "auto"), CachedSource)
+    assert capsys.readouterr().out.endswith("GB are free): decoding into memory\n")
+    no_memory(monkeypatch)
+    assert isinstance(opened(data, "auto"), FileSource)
+    assert capsys.readouterr().out.endswith("decoding each pair whenever it is needed\n")
+    with pytest.raises(UserError, match="--cache ram: takes .* try --cache disk"):
+        opened(data, "ram")
+    assert caches(data) == []
+
+
+@pytest.mark.fault("P4")
+def test_a_disk_that_fills_while_decoding(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    assert isinstance(opened(data, "auto"), CachedSource)
+    assert "No space left on device): decoding into memory" in capsys.readouterr().out
+    assert caches(data) == []
+
+
+@pytest.mark.fault("D15")
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(data: Path) -> None:
+    (data / "cache").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        opened(data)
+
+
+@pytest.mark.fault("D15")
+def test_a_cache_folder_that_is_a_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "cache").write_text("not a folder")
+    assert isinstance(opened(data, "auto"), CachedSource)
+    assert "no cache of" in capsys.readouterr().out
+
+
+def test_the_cache_used_longest_ago_makes_room(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(7 * height * width for height, width in SIZES)
+    monkeypatch.setattr(sources, "MAX_BYTES", 2 * size)
+
+    def use(*values: int) -> str:
+        """Open with these mask values, and return the name of their cache."""
+        known = set(caches(data))
+        opened(data, coding=MaskCoding(values))
+        return (set(caches(data)) - known).pop()
+
+    first, second = use(0, 255), use(255, 0)
+    os.utime(data / "cache" / second, (1, 1))
+    os.utime(data / "cache" / first, (2, 2))
+    third = use(7, 0, 255)
+    assert set(caches(data)) == {first, third}
+    monkeypatch.setattr(sources, "MAX_BYTES", size - 1)
+    with pytest.raises(UserError, match="more than"):
+        use(3, 0, 255)
+
+
+def build(
+    root: Path,
+    gate: multiprocessing.synchronize.Event,
+    results: "multiprocessing.queues.Queue[tuple[int, int]]",
+) -> None:
+    decoded: list[int] = []
+    decode = FileSource.decode
+
+    def counted(self: FileSource, number: int) -> torch.Tensor:
+        decoded.append(number)
+        return decode(self, number)
+
+    FileSource.decode = counted  # type: ignore[method-assign]
+    gate.wait()
+    source = opened(root)
+    results.put((len(decoded), int(source.planes(4).sum())))
+
+
+@pytest.mark.fault("R13", "P4")
+def test_processes_that_start_together_build_once(data: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    gate, results = context.Event(), context.Queue()
+    processes = [context.Process(target=build, args=(data, gate, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    gate.set()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(count for count, _ in found) == [0, 0, len(SIZES)]
+    assert {total for _, total in found} == {int(opened(data, "none").planes(4).sum())}
+
+
+@pytest.mark.parametrize("cache", ["disk", "ram", "none"])
+def test_a_source_travels_to_another_process(data: Path, cache: str) -> None:
+    source = opened(data, cache)
+    source.planes(4)
+    passed: Source = pickle.loads(pickle.dumps(source))
+    assert same(passed, source)
+
+
+def test_pixels_on_disk_do_not_travel(data: Path) -> None:
+    source = opened(data)
+    assert len(pickle.dumps(source)) < 4000
+
+
+def windows(source: Source, side: int) -> Sequence[torch.Tensor]:
+    return [
+        source.read(number, top, left, side)
+        for number, (height, width) in enumerate(source.sizes)
+        for top in range(0, height, 13)
+        for left in range(0, width, 17)
+    ]
+
+
+def test_windows_are_the_same_and_are_views(data: Path) -> None:
+    cached, files = opened(data), opened(data, "none")
+    pairs = zip(windows(cached, 24), windows(files, 24), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    whole = cached.planes(4)
+    assert cached.read(4, 8, 3, 16).untyped_storage().data_ptr() == (
+        whole.untyped_storage().data_ptr()
+    )
+
+
+def test_writing_into_a_window_does_not_reach_the_file(data: Path) -> None:
+    opened(data).planes(2).fill_(9)  # a private map
+    assert same(opened(data), opened(data, "none"))

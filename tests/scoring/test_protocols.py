@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import save_pair, save_tree
+
+from dataset import open_dataset
+from model import SiameseUNet, build_model
+from pairs.cache import Source
+from runtime.errors import UserError
+from scoring import protocols
+from scoring.counts import Prediction
+from scoring.protocols import PROTOCOLS, Predictor
+
+
+@pytest.fixture(scope="module")
+def model() -> SiameseUNet:
+    torch.manual_seed(0)
+    return build_model(backbone="resnet18").eval()
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setattr(protocols, "PATCH_SIZE", 32)
+    tree = save_tree(tmp_path / "set", size=(70, 45), train=1, val=2)
+    save_pair(tree / "val", "a_small", 7, size=(17, 33))
+    save_pair(tree / "val", "exact", 8, size=(32, 64))
+    return open_dataset(tree).source
+
+
+def logits_of(model: SiameseUNet, planes: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(planes[None, :3], planes[None, 3:6])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_each_image_comes_once_whole_and_in_order(
+    protocol: str, batch_size: int, model: SiameseUNet, source: Source
+) -> None:
+    predictor = Predictor(model, batch_size=batch_size, window=32, overlap=8)
+    found = list(predictor.predict(source, protocol))
+    assert len(found) == len(source)
+    for number, (prediction, truth) in enumerate(found):
+        assert prediction.change.shape == source.sizes[number]
+        assert prediction.classes.shape == truth.shape == (1, *source.sizes[number])
+        assert (truth == source.planes(number)[6:].numpy()).all()
+
+
+def test_patches_are_predicted_apart_and_put_together(model: SiameseUNet, source: Source) -> None:
+    found = [p for p, _ in Predictor(model, batch_size=3).predict(source, "patches")]
+    number = next(i for i, pair in enumerate(source.pairs) if pair.name == "exact")
+    planes = source.planes(number)
+    for left in (0, 32):
+        alone = Prediction.of_logits(logits_of(model, planes[..., left : left + 32]), "change")
+        gap = found[number].change[:, left : left + 32].astype(int) - alone.change[0]
+        assert np.abs(gap).max() <= 1  # a step is 1 / 65536
+
+
+def test_whole_and_one_window_are_the_model_itself(model: SiameseUNet, source: Source) -> None:
+    for protocol in ("whole", "sliding"):
+        predictor = Predictor(model, window=512)
+        for number, (prediction, _) in enumerate(predictor.predict(source, protocol)):
+            alone = Prediction.of_logits(logits_of(model, source.planes(number)), "change")
+            assert np.abs(prediction.change.astype(int) - alone.change[0]).max() <= 1
+
+
+def test_workers_change_nothing(model: SiameseUNet, source: Source) -> None:
+    alone, helped = (
+        [p.change for p, _ in Predictor(model, num_workers=n).predict(source, "patches")]
+        for n in (0, 1)
+    )
+    assert all((a == b).all() for a, b in zip(alone, helped, strict=True))
+
+
+def test_two_dates_of_classes(source: Source) -> None:
+    torch.manual_seed(0)
+    semantic = build_model(task="semantic", backbone="resnet18", num_classes=3).eval()
+
+    class TwoDates(Source):
+        pairs, coding, sizes = source.pairs, source.coding, source.sizes
+
+        def planes(self, number: int) -> torch.Tensor:
+            planes = source.planes(number)
+            return torch.cat([planes, planes[6:]])
+
+    for protocol in PROTOCOLS:
+        for prediction, truth in Predictor(semantic).predict(TwoDates(), protocol):
+            height, width = prediction.change.shape
+            assert prediction.kinds.shape == truth.shape == (2, height, width)
+            assert prediction.kinds.min() >= 1 and prediction.kinds.max() <= 3
+
+
+def test_no_room_says_what_to_try(source: Source, model: SiameseUNet) -> None:
+    class Greedy(SiameseUNet):
+        def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = build_model(backbone="resnet18")
+    model.__class__ = Greedy
+    with pytest.raises(UserError, match="protocol whole.*--protocols patches,sliding"):
+        list(Predictor(model).predict(source, "whole"))

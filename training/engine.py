@@ -1,0 +1,263 @@
+"""One epoch of training, one pass of evaluation: move, forward, backward, maybe update, remember.
+
+One path for float32, bfloat16 and float16, for one process and many. On a GPU no step waits for the
+device, but for float16's scale: a step that is not finite is skipped there, and every `CHECK_EVERY`
+updates looked for.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metrics import Confusion, ScoreHistogram
+from runtime.distributed import all_reduce_, no_sync, summand, world_size
+from runtime.errors import DivergedError
+
+CHECK_EVERY = 32
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Progress:
+    """Where a run stands: enough, beside the weights, to go on in the middle of an epoch.
+
+    Attributes:
+        epoch: counted from 0.
+        batch: batches done in this epoch.
+        loss_sum: sum of their losses in this process, a scalar on the device; the mean over the
+            processes is that of the whole batches.
+        confusion: of the predictions in this process; its device is the run's.
+        num_bad: updates skipped because they were not finite, a scalar on the device.
+    """
+
+    def __init__(self, confusion: Confusion) -> None:
+        self.confusion = confusion
+        self.device = confusion.counts.device
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """Stand before the first batch of an epoch."""
+        self.epoch = epoch
+        self.batch = 0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.confusion.reset()
+        self.num_bad = torch.zeros((), device=self.device)
+
+    def mean_loss(self) -> float:
+        """Leave the device for the mean loss, in this process, of the epoch so far."""
+        return self.loss_sum.item() / max(self.batch, 1)
+
+    def summary(self) -> dict[str, float]:
+        """Leave the device once: the mean loss and every score of the epoch so far."""
+        whole = self._of_all_processes()
+        return {"loss": whole.mean_loss(), **whole.confusion.scores()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors, as torch's own objects do; all processes have to call."""
+        whole = self._of_all_processes()
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "loss_sum": whole.loss_sum,
+            "confusion": whole.confusion.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` was taken."""
+        for name in ("epoch", "batch"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"{name} is {state[name]!r}")
+        self.start(state["epoch"])
+        self.batch = state["batch"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.confusion.counts.copy_(summand(state["confusion"]))
+
+    def _of_all_processes(self) -> "Progress":
+        whole = copy.deepcopy(self)
+        all_reduce_(whole.loss_sum, whole.confusion.counts)
+        whole.loss_sum /= world_size()
+        return whole
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are held in a step: autocast's dtype (None is float32) and the scaler."""
+
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def named(cls, name: str, device: torch.device) -> "Precision":
+        """Build from "off", "bf16" or "fp16". Only float16 needs its gradients scaled."""
+        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        return cls(dtype, scaler)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Iterable[Batch],
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    progress: Progress,
+    *,
+    precision: Precision,
+    num_batches: int,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+    after_update: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, float]:
+    """Train on what is left of the epoch that `progress` stands in.
+
+    Args:
+        model: `(before, after) -> logits`.
+        criterion: `(logits, target) -> scalar`.
+        loader: the batches from `progress.batch` on.
+        optimizer: fused; steps once per `accumulate` batches, or fewer at the epoch's end.
+        scheduler: steps with the optimizer, and not when float16's scaler skipped a step.
+        progress: updated in place.
+        precision: of the forward pass.
+        num_batches: of the whole epoch.
+        batch_size: pairs in a batch, of all processes together; None where each has as many.
+        accumulate: batches per update.
+        clip_norm: limit of the gradient's norm; 0 is none.
+        after_update: called after each update, where the state of the run is whole; it may draw
+            a bar, save, or raise to end the run.
+
+    Returns:
+        The mean loss and the scores of the whole epoch, of the weights as they were at each step.
+
+    Raises:
+        DivergedError: the loss or its gradient is not finite; that step was not applied.
+    """
+    device = progress.device
+    scaler = precision.scaler
+    model.train()
+    for batch in loader:
+        before, after, target = (t.to(device, non_blocking=True) for t in batch)
+        group_start = progress.batch - progress.batch % accumulate
+        group_size = min(accumulate, num_batches - group_start)
+        is_update = progress.batch + 1 - group_start == group_size
+        # 1, but where the processes' parts of a batch differ in size
+        weight = len(target) * world_size() / batch_size if batch_size else 1.0
+        with nullcontext() if is_update else no_sync(model):
+            with precision.autocast(device):
+                logits = model(before, after)
+                loss = criterion(logits, target) * weight
+            scaler.scale(loss / group_size).backward()
+        progress.loss_sum += loss.detach()
+        progress.confusion.update(logits.detach(), target)
+        progress.batch += 1
+        if is_update:
+            _update(optimizer, scheduler, scaler, clip_norm, progress)
+            num_updates = -(-progress.batch // accumulate)
+            if device.type == "cpu" or num_updates % CHECK_EVERY == 0:
+                check_finite(progress)
+            after_update(progress)
+    check_finite(progress)
+    return progress.summary()
+
+
+def _update(
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    clip_norm: float,
+    progress: Progress,
+) -> None:
+    """Clip, step, schedule; a step that is not finite leaves the weights as they are."""
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
+    if scaler.is_enabled():
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        rescaled = scaler.get_scale()
+        if rescaled >= scale:  # a lower scale means that an overflow was skipped
+            scheduler.step()
+        elif rescaled < 1:  # no scale helps: the gradients themselves are not finite
+            progress.num_bad += 1
+    else:
+        # What GradScaler does for float16: a fused optimizer skips the step by itself, on its
+        # device, where `found_inf` is 1.
+        bad = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+        progress.num_bad += bad
+        scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def check_finite(progress: Progress) -> None:
+    """Raise DivergedError if a step of this epoch was not finite."""
+    if progress.num_bad > 0 or not torch.isfinite(progress.loss_sum):
+        raise DivergedError(
+            f"epoch {progress.epoch + 1}, about batch {progress.batch}: the loss or its gradient "
+            f"is not finite (sum of losses {progress.loss_sum.item()}); the bad step was not "
+            "applied. Try a lower --lr, a smaller --clip-grad, or --amp off"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    confusion: Confusion,
+    precision: Precision,
+) -> tuple[dict[str, float], ScoreHistogram]:
+    """Score a split: the mean loss and the scores over all its pixels, and the histogram.
+
+    Of several processes each passes its share of the split, and gets the scores of the whole.
+
+    The loss is the mean over patches, so that a short last batch weighs no more than it should.
+
+    Args:
+        model: `(before, after) -> logits`.
+        criterion: `(logits, target) -> scalar`.
+        loader: yields batches.
+        confusion: is emptied, then filled; its device is the model's.
+        precision: of the forward pass.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    model.eval()
+    confusion.reset()
+    device = confusion.counts.device
+    histogram = ScoreHistogram(device)
+    loss_sum = torch.zeros((), device=device)
+    num_patches = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in loader:
+        before, after, target = (t.to(device, non_blocking=True) for t in batch)
+        with precision.autocast(device):
+            logits = model(before, after)
+            loss = criterion(logits, target)
+        loss_sum += loss * len(target)
+        num_patches += len(target)
+        confusion.update(logits, target)
+        histogram.update(logits, target, task=confusion.task)
+    all_reduce_(loss_sum, num_patches, confusion.counts, histogram.counts)
+    mean_loss = loss_sum.item() / max(int(num_patches), 1)
+    if not math.isfinite(mean_loss):
+        raise DivergedError(
+            f"the mean loss over the validation split is {mean_loss}, though that of training was "
+            "finite; the last checkpoint is kept. Try a lower --lr, or --amp off"
+        )
+    return {"loss": mean_loss, **confusion.scores()}, histogram

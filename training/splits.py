@@ -1,0 +1,106 @@
+"""The splits of a dataset as a run uses them: checked, cached, in batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset import ChangeDataset, PairLoader, make_loader
+from losses import balanced_weights
+from metrics import Confusion, build_confusion
+from pairs.augment import Augment
+from pairs.cache import open_source
+from pairs.check import DataSummary, check, show
+from pairs.labels import Classes
+from pairs.layouts import Layout
+from runtime.devices import pick_workers
+from runtime.distributed import local_world_size, world_size
+from runtime.errors import UserError
+
+PATCH_SIZE = 256  # of validation, as the literature scores
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dataset as a run uses it."""
+
+    checked: DataSummary
+    classes: Classes
+    train: PairLoader
+    val: PairLoader
+
+    def about(self) -> dict[str, Any]:
+        """Return what a checkpoint says of it."""
+        coding = self.checked.coding
+        return {
+            "fingerprint": self.checked.fingerprint,
+            "mask_values": list(coding.values),
+            "class_names": list(coding.names),
+            "class_colors": [list(color) for color in coding.colors or ()],
+        }
+
+    def confusion(self, device: torch.device) -> Confusion:
+        """Return an empty confusion matrix of the classes."""
+        names = self.checked.coding.names
+        return build_confusion(self.classes.task, self.classes.num_classes, device, names)
+
+    def balanced_weights(self) -> list[float]:
+        """Return the weights of the classes that cross-entropies look at, rare ones higher."""
+        pixels = self.checked.splits["train"].class_pixels
+        return balanced_weights(pixels[1:] if self.classes.task == "semantic" else pixels)
+
+
+def open_data(
+    layout: Layout,
+    classes: Classes,
+    *,
+    cache: str,
+    cache_dir: Path,
+    crop_size: int,
+    batch_size: int,
+    accumulate: int,
+    workers: int | None,
+    seed: int,
+    device: torch.device,
+) -> Data:
+    """Check every file, say what there is, and open the training and the validation split.
+
+    Args:
+        layout: the pairs of every split.
+        classes: what is known of the labels' classes.
+        cache: see `sources.open_source`.
+        cache_dir: where the caches are.
+        crop_size: side of a training crop; validation is in patches of `PATCH_SIZE`.
+        batch_size: pairs in a batch, of all processes together.
+        accumulate: batches per update.
+        workers: loader processes; None for a number that suits the machine.
+        seed: of order and augmentation.
+        device: where the batches go.
+
+    Raises:
+        UserError: a fault in the data, all of them named.
+    """
+    checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache_dir / "checked.json")
+    show(checked, layout)
+
+    def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
+        pairs = layout.splits[split]
+        source = open_source(pairs, checked.coding, cache=cache, folder=cache_dir)
+        return make_loader(
+            ChangeDataset(source, crop_size=crop_size, augment=augment, seed=seed),
+            batch_size,
+            shuffle=augment is not None,
+            seed=seed,
+            num_workers=pick_workers(workers, local_world_size()),
+            group=accumulate if augment else 1,
+            device=device,
+        )
+
+    train_loader = loader("train", crop_size, Augment())
+    in_batch = min(batch_size, len(train_loader.dataset))
+    if in_batch < world_size():
+        raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
+    if in_batch == 1 and crop_size == 32:
+        raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
+    return Data(checked, classes, train_loader, loader("val", PATCH_SIZE, None))

@@ -52,7 +52,7 @@ from torch.export import Dim, ExportedProgram
 from pairs.images import read_image
 from runtime.checkpoint import VERSION, read_checkpoint, restore_model
 from runtime.errors import UserError, run_script
-from runtime.output_folder import unfinished
+from runtime.files import whole_folder
 
 # Traced at a size that divides by nothing, so that no step of the program is left out, and beyond
 # 512, where the windows of cross-attention are several at every stride.
@@ -114,7 +114,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
     if len(config.pairs) % 2:
         raise UserError(f"{config.pairs[-1]}: has no partner; give before, after, before, ...")
     real = [_read_pair(*config.pairs[i : i + 2]) for i in range(0, len(config.pairs), 2)]
-    with unfinished(out) as folder:
+    with whole_folder(out) as folder:
         print("tracing the model: seconds for most, minutes for a Swin", flush=True)
         program, onnx = trace(model, config.input)
         about = {

@@ -107,6 +107,7 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.errors import DataFault, Interrupted, StopRequest, UserError
+from runtime.files import write_json
 from runtime.sync_batch_norm import synchronize
 from runtime.tracking import Tracker
 from training.catalogue import catalogue
@@ -123,7 +124,6 @@ from training.run_folder import (
     new_run_folder,
     read_options,
     sweep,
-    write_json,
 )
 from training.splits import Data, open_data
 

@@ -69,7 +69,7 @@ from runtime.checkpoint import read_checkpoint, restore_model
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
-from runtime.output_folder import unfinished
+from runtime.files import whole_folder
 from scoring.record import stored_threshold
 
 
@@ -224,7 +224,7 @@ def predict_pair(
         print(*scene.notes, sep="\n", end="\n" if scene.notes else "", flush=True)
         grid, num_valid, num_changed = scene.grid, 0, 0
         with (
-            unfinished(out) as folder,
+            whole_folder(out) as folder,
             SceneMaps(folder, pair.name, scene, kinds, config.probability) as maps,
         ):
             for top, logits in bands:

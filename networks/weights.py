@@ -16,7 +16,7 @@ from torchvision.models import get_model_weights
 
 from networks.encoders import TIMM, Encoder, timm_network
 from runtime.errors import UserError
-from runtime.torch_file import read_torch_file
+from runtime.files import read_torch_file
 
 OURS = "encoder.backbone."  # before the names in our checkpoints
 TIMEOUT = 15  # seconds without an answer before a download is given up

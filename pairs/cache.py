@@ -33,7 +33,7 @@ from pairs.images import IGNORE, MaskCoding, read_image, read_size
 from pairs.layouts import Pair
 from runtime.devices import available_memory
 from runtime.errors import DataFault, UserError
-from runtime.file_lock import locked
+from runtime.files import locked
 
 MAX_BYTES = 100 * 10**9  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from pairs.layouts import ENDINGS, find_pairs
 from runtime.errors import FULL, UserError
-from runtime.file_lock import locked
+from runtime.files import locked
 
 LICENCE = (
     "LEVIR-CD is for academic use only: H. Chen and Z. Shi, Remote Sensing 12(10), 2020, "

@@ -12,7 +12,6 @@ No random state is kept, for there is none: order, crops and augmentation are fu
 """
 
 import hashlib
-import os
 import platform
 import reprlib
 import shutil
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 
 from model import SiameseUNet, build_model
 from runtime.errors import UserError
-from runtime.torch_file import read_torch_file
+from runtime.files import read_torch_file, whole_file
 
 FORMAT = 1
 VERSION = "0.1.0"  # of this repository, as in CHANGELOG.md
@@ -49,17 +48,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, keep_previous: bool
     for name, tensor in state["model"].items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: not saved, for {name} is no longer finite; try a lower --lr")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
+        previous = previous_of(path) if keep_previous else None
+        with whole_file(path, previous=previous) as beside, beside.open("wb") as file:
             torch.save({"format": FORMAT, **state, "versions": versions()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            path.replace(previous_of(path))
-        beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
         needed = sum(t.nbytes for t in _tensors(state)) / 1e6
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).splitlines()[0]

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import Interrupted
-from runtime.file_lock import locked
+from runtime.files import locked, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,15 +269,8 @@ class Tracker:
         table.writeheader()
         table.writerows({"step": str(step), **row} for step, row in self._rows.items())
         path = self._run_dir / "metrics.csv"
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with beside.open("w", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as beside:
+            beside.write_text(text.getvalue(), encoding="utf-8", newline="")
 
     # ---- TensorBoard; flushed at each call, so that a fault shows there and pages are up to date
 

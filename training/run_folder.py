@@ -10,16 +10,15 @@ is written beside and moved into place: a process may be killed at any moment.
 
 import itertools
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint import previous_of, read_checkpoint
 from runtime.errors import UserError
-from runtime.file_lock import locked
+from runtime.files import locked, write_json
 
 OPTIONS = "config.json"
 PATIENCE = 15  # seconds: a killed process holds its lock until its workers have noticed
@@ -193,23 +192,6 @@ def _check_entries(path: Path, state: dict[str, Any]) -> None:
         raise UserError(f"{path}: lacks entries of a run; resume from a last.pt of ours")
     if best["epoch"] > 0 and not (path.parent / "best.pt").is_file():
         raise UserError(f"{path}: its best.pt is not beside it; copy the whole folder of the run")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one move.
-
-    Raises:
-        UserError: the disk is full or read-only; what was there stays.
-    """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from runtime import tracking
 from runtime.errors import Interrupted
-from runtime.file_lock import locked
+from runtime.files import locked
 from runtime.tracking import Tracker, mlflow_name, without_secrets
 
 matplotlib.use("Agg")

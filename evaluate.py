@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pairs.labels import MIN_PIXELS
 from runtime import config as cli
 from runtime.config import REQUIRED, option
-from scoring.objects import MIN_PIXELS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -59,12 +59,13 @@ class Config:
 if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, description=__doc__)
 
+from model import restore_model
 from pairs.cache import Source, open_source
 from pairs.check import check, show
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_run import SAMPLE_LABEL, choose_data, is_sample
-from runtime.checkpoint import digest_of, read_checkpoint, restore_model
+from runtime.checkpoint import digest_of, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from runtime.distributed import (
     from_rank_0,

@@ -49,8 +49,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from model import restore_model
 from pairs.images import read_image
-from runtime.checkpoint import VERSION, read_checkpoint, restore_model
+from runtime.checkpoint import VERSION, read_checkpoint
 from runtime.errors import UserError, run_script
 from runtime.files import whole_folder
 

@@ -88,6 +88,7 @@ from pairs.layouts import find_pairs
 from pairs.synthetic.sample_run import choose_data, is_sample, recipe_without_weights
 from runtime.checkpoint import restore, versions
 from runtime.devices import (
+    Precision,
     describe,
     explain_out_of_memory,
     keep_freed_memory,
@@ -111,7 +112,7 @@ from runtime.files import write_json
 from runtime.sync_batch_norm import synchronize
 from runtime.tracking import Tracker
 from training.catalogue import catalogue
-from training.engine import Precision, Progress, check_finite, evaluate
+from training.engine import Progress, check_finite, evaluate
 from training.learner import Learner, learn_epoch
 from training.optimizer import build_optimizer, warmup_cosine
 from training.recorder import PICTURE, Recorder, SaveEvery

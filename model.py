@@ -16,7 +16,9 @@ U-Net, arXiv:1505.04597; FC-Siam-conc, doi:10.1109/ICIP.2018.8451652.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,19 @@ from torch import Tensor, nn
 from networks.encoders import ENCODERS, Encoder, build_encoder, check_backbone
 from networks.fusion import FUSIONS, conv_norm_relu
 from pairs.labels import MAX_CLASSES
+from runtime.checkpoint import read_checkpoint, restore, short
 from runtime.errors import UserError
 
-__all__ = ["ENCODERS", "FUSIONS", "TASKS", "Encoder", "SemanticUNet", "SiameseUNet", "build_model"]
+__all__ = [
+    "ENCODERS",
+    "FUSIONS",
+    "TASKS",
+    "Encoder",
+    "SemanticUNet",
+    "SiameseUNet",
+    "build_model",
+    "load_model",
+]
 
 # Width of the fused map and of the decoder at each stride. Wider costs most where the maps are
 # large: twice the width at strides 2 and 4 takes 15 % of the training speed and on the sample set
@@ -188,6 +200,40 @@ def build_model(
     if freeze_backbone:
         model.encoder.freeze()
     return model.to(memory_format=torch.channels_last)
+
+
+def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:
+    """Build the model that a checkpoint describes and fill it.
+
+    Raises:
+        UserError: the description is none of a model, or its weights do not fit it.
+    """
+    known = get_type_hints(build_model)
+    for name, value in state["model_kwargs"].items():
+        if name not in known or name == "return":
+            raise UserError(f"{source}: its model cannot be built ({name!r} is unknown here)")
+        if type(value) is not known[name]:
+            raise UserError(f"{source}: its model cannot be built ({name} is {short(value)})")
+    try:
+        model = build_model(**state["model_kwargs"])
+    except (UserError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: its model cannot be built ({reason})") from None
+    restore({"model": model}, state, source)
+    return model
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> SiameseUNet:
+    """Load a trained model for prediction: on `device`, in eval mode.
+
+    Args:
+        path: of best.pt or last.pt in a run's folder.
+        device: where to put it.
+
+    Raises:
+        UserError: the file is not one of our checkpoints.
+    """
+    return restore_model(read_checkpoint(Path(path)), path).to(device).eval()
 
 
 def check_names(task: str, backbone: str, fusion: str) -> None:

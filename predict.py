@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pairs.labels import MIN_PIXELS
 from runtime import config as cli
 from runtime.config import REQUIRED, option
-from scoring.objects import MIN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ from tqdm import tqdm
 from mapping.maps import Kinds, SceneMaps, check_free
 from mapping.rasters import Scene, open_scene
 from mapping.scenes import ScenePair, find_scenes
-from networks.sliding_window import predict_bands
-from runtime.checkpoint import read_checkpoint, restore_model
+from metrics import change_probability
+from model import restore_model
+from networks.sliding_window import Image, predict_bands, predict_logits
+from runtime.checkpoint import read_checkpoint
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
@@ -128,6 +130,31 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
                     print(*other.lines, sep="\n", flush=True)
                 results += found
     return results
+
+
+def predict_scene(
+    model: nn.Module,
+    before: Image,
+    after: Image,
+    **options: Any,
+) -> Tensor:
+    """Return the probability of change of a scene in memory.
+
+    Args:
+        model: `(before, after) -> logits`, see `model.load_model`; it computes where it is,
+            in eval mode, and is left in the mode that it was in.
+        before: (H, W, 3) or (3, H, W), uint8 or float32 in [0, 1].
+        after: the same shape and dtype.
+        options: window, overlap, batch_size, flips and amp of `predict_bands`.
+
+    Returns:
+        (H, W) float32 in [0, 1], on the CPU. With several classes it is that of any change.
+
+    Raises:
+        ValueError: the dates do not match, or the overlap is not smaller than the window.
+    """
+    logits = predict_logits(model, before, after, **options)
+    return change_probability(logits[None], task=getattr(model, "task", "change"))[0]
 
 
 def check(config: Config) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
 from metrics import Confusion
-from runtime.checkpoint import load_model, read_checkpoint
-from runtime.devices import pick_precision
-from training.engine import Precision
+from model import load_model
+from runtime.checkpoint import read_checkpoint
+from runtime.devices import Precision, pick_precision
 from visualize import Picture, save_figure
 
 ROOT = measure.HERE.parent

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from train_step import batch_of
 
 from model import build_model
-from training.engine import Precision
+from runtime.devices import Precision
 
 
 def predicting(

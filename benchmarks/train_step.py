@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from losses import CombinedIoULoss
 from metrics import Confusion
 from model import Encoder, build_model
-from runtime.devices import keep_freed_memory
+from runtime.devices import Precision, keep_freed_memory
 from runtime.distributed import parallel
-from training.engine import Precision, Progress, train_one_epoch
+from training.engine import Progress, train_one_epoch
 from training.optimizer import build_optimizer, warmup_cosine
 from visualize import Picture, save_figure
 

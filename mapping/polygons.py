@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapping.rasters import place
-from scoring.objects import MIN_PIXELS
+from pairs.labels import MIN_PIXELS
 
 _AT_ONCE = 2000  # polygons whose coordinates are transformed in one call
 _ROWS = 512  # of the raster that are held for the mean probabilities

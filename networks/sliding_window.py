@@ -22,10 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from metrics import change_probability
-from runtime.devices import pick_precision
+from runtime.devices import Precision, pick_precision
 from runtime.distributed import agree, all_reduce_, share
-from training.engine import Precision
 
 WINDOW = 512
 OVERLAP = 128
@@ -34,31 +32,6 @@ BATCH_SIZE = 4
 # (top, bottom) -> the rows of both dates, (3, bottom - top, W), uint8 or float in [0, 1]
 ReadRows = Callable[[int, int], tuple[Tensor, Tensor]]
 Image = Tensor | NDArray[np.uint8] | NDArray[np.float32]
-
-
-def predict_scene(
-    model: nn.Module,
-    before: Image,
-    after: Image,
-    **options: Any,
-) -> Tensor:
-    """Return the probability of change of a scene in memory.
-
-    Args:
-        model: `(before, after) -> logits`, see `checkpoint.load_model`; it computes where it is,
-            in eval mode, and is left in the mode that it was in.
-        before: (H, W, 3) or (3, H, W), uint8 or float32 in [0, 1].
-        after: the same shape and dtype.
-        options: window, overlap, batch_size, flips and amp of `predict_bands`.
-
-    Returns:
-        (H, W) float32 in [0, 1], on the CPU. With several classes it is that of any change.
-
-    Raises:
-        ValueError: the dates do not match, or the overlap is not smaller than the window.
-    """
-    logits = predict_logits(model, before, after, **options)
-    return change_probability(logits[None], task=getattr(model, "task", "change"))[0]
 
 
 def predict_logits(
@@ -70,7 +43,17 @@ def predict_logits(
     """Return the blended logits (C, H, W) of a scene in memory, float32 on the CPU.
 
     `logits[None]` is what the functions of `metrics` take: `predict_classes`, a confusion's
-    `update`. Arguments and errors are those of `predict_scene`.
+    `update`.
+
+    Args:
+        model: `(before, after) -> logits`; it computes where it is, in eval mode, and is left in
+            the mode that it was in.
+        before: (H, W, 3) or (3, H, W), uint8 or float32 in [0, 1].
+        after: the same shape and dtype.
+        options: window, overlap, batch_size, flips and amp of `predict_bands`.
+
+    Raises:
+        ValueError: the dates do not match, or the overlap is not smaller than the window.
     """
     before, after = channels_first(before), channels_first(after)
     if before.shape != after.shape or before.dtype != after.dtype:

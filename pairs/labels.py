@@ -15,6 +15,7 @@ from typing import Any
 from runtime.errors import UserError
 
 FILE = "classes.json"
+MIN_PIXELS = 10  # of a connected component that counts as an object, unless asked otherwise
 MAX_CLASSES = 250  # of the labels: 255 is "ignore", 254 "unknown"
 
 Color = tuple[int, int, int]

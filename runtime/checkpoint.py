@@ -17,14 +17,13 @@ import reprlib
 import shutil
 from collections.abc import Mapping, ValuesView
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model import SiameseUNet, build_model
 from runtime.errors import UserError
 from runtime.files import read_torch_file, whole_file
 
@@ -96,7 +95,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise UserError(
             f"{path}: format {state['format']} is newer than this code's {FORMAT}; "
-            f"it was written by {_short(state.get('versions') or 'a later version')}"
+            f"it was written by {short(state.get('versions') or 'a later version')}"
         )
     return state
 
@@ -153,14 +152,14 @@ def _alike(saved: Any, own: Any) -> Any:
     """
     if isinstance(own, dict):
         if not isinstance(saved, dict):
-            raise ValueError(f"{_short(saved)} is no dictionary")
+            raise ValueError(f"{short(saved)} is no dictionary")
         # names that begin with _ come and go with torch's versions
         if missing := [k for k in own if k not in saved and not k.startswith("_")]:
             raise ValueError(f"lacks {', '.join(missing)}")
         return {k: _alike(saved[k], v) if k in saved else v for k, v in own.items()}
     if isinstance(own, list | tuple):
         if not isinstance(saved, list | tuple) or len(saved) != len(own):
-            raise ValueError(f"{_short(saved)} is no list of {len(own)}")
+            raise ValueError(f"{short(saved)} is no list of {len(own)}")
         return type(own)(_alike(*pair) for pair in zip(saved, own, strict=True))
     if isinstance(own, Tensor):
         fits = isinstance(saved, Tensor) and saved.shape == own.shape
@@ -169,45 +168,11 @@ def _alike(saved: Any, own: Any) -> Any:
         return saved
     if isinstance(own, float):
         if type(saved) not in (float, int) or not abs(saved) < 2**63:
-            raise ValueError(f"{_short(saved)} is no number")
+            raise ValueError(f"{short(saved)} is no number")
         return float(saved)
     if type(saved) is not type(own) or (isinstance(saved, int) and abs(saved) >= 2**63):
-        raise ValueError(f"{_short(saved)} is no {type(own).__name__}")
+        raise ValueError(f"{short(saved)} is no {type(own).__name__}")
     return saved
-
-
-def restore_model(state: Mapping[str, Any], source: str | Path) -> SiameseUNet:
-    """Build the model that a checkpoint describes and fill it.
-
-    Raises:
-        UserError: the description is none of a model, or its weights do not fit it.
-    """
-    known = get_type_hints(build_model)
-    for name, value in state["model_kwargs"].items():
-        if name not in known or name == "return":
-            raise UserError(f"{source}: its model cannot be built ({name!r} is unknown here)")
-        if type(value) is not known[name]:
-            raise UserError(f"{source}: its model cannot be built ({name} is {_short(value)})")
-    try:
-        model = build_model(**state["model_kwargs"])
-    except (UserError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source}: its model cannot be built ({reason})") from None
-    restore({"model": model}, state, source)
-    return model
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> SiameseUNet:
-    """Load a trained model for prediction: on `device`, in eval mode.
-
-    Args:
-        path: of best.pt or last.pt in a run's folder.
-        device: where to put it.
-
-    Raises:
-        UserError: the file is not one of our checkpoints.
-    """
-    return restore_model(read_checkpoint(Path(path)), path).to(device).eval()
 
 
 def versions() -> dict[str, str]:
@@ -221,7 +186,7 @@ def versions() -> dict[str, str]:
     }
 
 
-_short = reprlib.Repr().repr  # a hostile value may be as long as it likes
+short = reprlib.Repr().repr  # a hostile value may be as long as it likes
 
 
 def _tensors(value: object) -> list[Tensor]:

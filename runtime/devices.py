@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,6 +54,25 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "off"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are held in a step: autocast's dtype (None is float32) and the scaler."""
+
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def named(cls, name: str, device: torch.device) -> "Precision":
+        """Build from "off", "bf16" or "fp16". Only float16 needs its gradients scaled."""
+        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        return cls(dtype, scaler)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
 
 def describe(device: torch.device) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 FOUND_SHARE = 0.5  # of an object's pixels
-MIN_PIXELS = 10  # of an object, where nothing else is asked for
 
 Mask = NDArray[np.bool_]
 

@@ -21,9 +21,9 @@ from dataset import ChangeDataset, make_loader
 from model import SiameseUNet
 from networks.sliding_window import OVERLAP, WINDOW, predict_logits
 from pairs.cache import Source
+from runtime.devices import Precision
 from runtime.errors import UserError
 from scoring.counts import Bytes, Prediction
-from training.engine import Precision
 from training.splits import PATCH_SIZE
 
 Predicted = tuple[Prediction, Bytes]

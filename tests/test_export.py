@@ -14,9 +14,9 @@ from test_predict import checkpoint_of
 from torch import Tensor, nn
 
 import export
+from model import load_model
 from networks.encoders import Encoder, Stages
-from networks.sliding_window import predict_scene
-from runtime.checkpoint import load_model
+from predict import predict_scene
 from runtime.errors import UserError
 
 SCRIPT = Path(export.__file__)

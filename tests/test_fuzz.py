@@ -31,6 +31,7 @@ from torch import nn
 import main
 from main import Config, choose_options
 from metrics import Confusion
+from model import load_model
 from networks.weights import read_state_dict
 from pairs import download
 from pairs.check import check
@@ -40,7 +41,7 @@ from pairs.labels import Classes, choose_classes
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import read_marker
 from runtime import config as cli
-from runtime.checkpoint import load_model, read_checkpoint, restore, save_checkpoint
+from runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
 from runtime.tracking import Tracker
 from training.engine import Progress

@@ -19,6 +19,7 @@ import main
 from dataset import open_dataset
 from losses import LOSSES
 from main import train
+from model import load_model
 from networks import weights as pretrained
 from networks.encoders import ENCODERS
 from networks.fusion import FUSIONS
@@ -26,7 +27,7 @@ from networks.weights import WeightsUnavailableError
 from pairs.cache import FileSource
 from pairs.synthetic import sample_set as sample_data
 from pairs.synthetic.sample_run import FROM_SCRATCH, choose_data
-from runtime.checkpoint import load_model, read_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.config import parse
 from runtime.errors import DivergedError, Interrupted, UserError
 from training import run_folder, splits

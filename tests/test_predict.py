@@ -18,11 +18,10 @@ from torch import Tensor, nn
 import predict
 from mapping.maps import Kinds
 from mapping.scenes import ScenePair, find_scenes
-from model import build_model
-from networks.sliding_window import predict_scene
+from model import build_model, load_model
 from pairs.images import read_image, read_label
-from predict import Config, Mapped, predict_pair
-from runtime.checkpoint import digest_of, load_model, save_checkpoint
+from predict import Config, Mapped, predict_pair, predict_scene
+from runtime.checkpoint import digest_of, save_checkpoint
 from runtime.errors import Interrupted, UserError
 from scoring.record import stored_threshold
 

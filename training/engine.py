@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metrics import Confusion, ScoreHistogram
+from runtime.devices import Precision
 from runtime.distributed import all_reduce_, no_sync, summand, world_size
 from runtime.errors import DivergedError
 
@@ -85,25 +85,6 @@ class Progress:
         all_reduce_(whole.loss_sum, whole.confusion.counts)
         whole.loss_sum /= world_size()
         return whole
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How numbers are held in a step: autocast's dtype (None is float32) and the scaler."""
-
-    dtype: torch.dtype | None
-    scaler: torch.amp.GradScaler
-
-    @classmethod
-    def named(cls, name: str, device: torch.device) -> "Precision":
-        """Build from "off", "bf16" or "fp16". Only float16 needs its gradients scaled."""
-        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        return cls(dtype, scaler)
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the context of a forward pass."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
 
 def train_one_epoch(

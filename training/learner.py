@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from dataset import PairLoader
 from model import SiameseUNet
+from runtime.devices import Precision
 from runtime.distributed import rank
-from training.engine import Precision, Progress, train_one_epoch
+from training.engine import Progress, train_one_epoch
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import nn
 
 from dataset import ChangeDataset
 from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
+from model import load_model
 from pairs.synthetic.sample_run import SAMPLE_LABEL
-from runtime.checkpoint import load_model, save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from runtime.distributed import wait_for_all
 from runtime.errors import UserError
 from runtime.tracking import Tracker, without_secrets

@@ -7,13 +7,8 @@ from torch import Tensor, nn
 
 from metrics import change_probability
 from model import build_model
-from networks.sliding_window import (
-    blending_weights,
-    predict_bands,
-    predict_logits,
-    predict_scene,
-    starts,
-)
+from networks.sliding_window import blending_weights, predict_bands, predict_logits, starts
+from predict import predict_scene
 
 
 class Pointwise(nn.Module):

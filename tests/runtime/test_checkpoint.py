@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from model import SiameseUNet, build_model
+from model import SiameseUNet, build_model, load_model
 from runtime import checkpoint
-from runtime.checkpoint import load_model, previous_of, read_checkpoint, restore, save_checkpoint
+from runtime.checkpoint import previous_of, read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
 
 KWARGS = {"backbone": "resnet18", "num_classes": 1, "freeze_backbone": True}

@@ -28,8 +28,9 @@ from main import train
 from metrics import Confusion
 from runtime import distributed
 from runtime.checkpoint import read_checkpoint
+from runtime.devices import Precision
 from runtime.sync_batch_norm import SyncBatchNorm, synchronize
-from training.engine import Precision, Progress, train_one_epoch
+from training.engine import Progress, train_one_epoch
 
 SCRIPT = Path(main.__file__)
 OPTIONS: dict[str, Any] = {

@@ -18,7 +18,8 @@ from data_helpers import save_tree
 
 import main
 from main import train
-from runtime.checkpoint import FORMAT, load_model, read_checkpoint
+from model import load_model
+from runtime.checkpoint import FORMAT, read_checkpoint
 from training import splits
 
 FIXTURES = Path(__file__).parents[1] / "data"

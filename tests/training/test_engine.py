@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from losses import CombinedIoULoss
 from metrics import Confusion
+from runtime.devices import Precision
 from runtime.errors import DivergedError
-from training.engine import Precision, Progress, evaluate, train_one_epoch
+from training.engine import Progress, evaluate, train_one_epoch
 from training.optimizer import warmup_cosine
 
 CPU = torch.device("cpu")

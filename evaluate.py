@@ -64,7 +64,7 @@ from pairs.cache import Source, open_source
 from pairs.check import check, show
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
-from pairs.synthetic.sample_run import SAMPLE_LABEL, choose_data, is_sample
+from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
 from runtime.checkpoint import digest_of, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from runtime.distributed import (

@@ -85,7 +85,7 @@ from pairs.download import fetch_dataset
 from pairs.images import MaskCoding
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
-from pairs.synthetic.sample_run import choose_data, is_sample, recipe_without_weights
+from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.checkpoint import restore, versions
 from runtime.devices import (
     Precision,
@@ -112,9 +112,16 @@ from runtime.files import write_json
 from runtime.sync_batch_norm import synchronize
 from runtime.tracking import Tracker
 from training.catalogue import catalogue
-from training.engine import Progress, check_finite, evaluate
-from training.learner import Learner, learn_epoch
-from training.optimizer import build_optimizer, warmup_cosine
+from training.engine import (
+    Learner,
+    Progress,
+    build_optimizer,
+    check_finite,
+    evaluate,
+    learn_epoch,
+    warmup_cosine,
+)
+from training.recipe import recipe_without_weights
 from training.recorder import PICTURE, Recorder, SaveEvery
 from training.run_folder import (
     OPTIONS,

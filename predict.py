@@ -62,8 +62,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mapping.maps import Kinds, SceneMaps, check_free
-from mapping.rasters import Scene, open_scene
-from mapping.scenes import ScenePair, find_scenes
+from mapping.rasters import Scene, ScenePair, find_scenes, open_scene
 from metrics import change_probability
 from model import restore_model
 from networks.sliding_window import Image, predict_bands, predict_logits

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 
 from dataset import ChangeDataset
 from metrics import Confusion, predict_classes
+from model import SiameseUNet
+from networks.fusion import CrossAttention
 from pairs.images import IGNORE, MaskCoding
 
 log = logging.getLogger("visualize")
@@ -250,3 +254,139 @@ def _row_score(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> st
     if not (is_change == 1).any():
         return f"no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
     return f"errors: IoU {confusion.scores()['change_iou']:.2f}"
+
+
+def plot_confusion(matrix: Tensor, names: Sequence[str]) -> Picture:
+    """Draw a confusion matrix: shares of each row, that is of what the truth holds, and pixels.
+
+    Args:
+        matrix: (C, C) counts, rows = truth, columns = prediction.
+        names: of the C classes.
+    """
+    figure, (axis,) = _matrix_axes(1, len(names))
+    counts = matrix.numpy().astype(float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    _draw_matrix(axis, shares, counts, names)
+    axis.set_title("share of each true class, and pixels", fontsize=10)
+    axis.set_ylabel("truth")
+    axis.set_xlabel("prediction")
+    return figure
+
+
+def plot_transitions(transitions: Tensor, names: Sequence[str]) -> Picture:
+    """Draw which class of land cover became which, in truth and as predicted.
+
+    Args:
+        transitions: (3, C, C) counts of `SemanticConfusion`; class 0, "unchanged", is left out.
+        names: of the C classes.
+    """
+    figure, axes = _matrix_axes(2, len(names) - 1)
+    for axis, title, table in zip(axes, ("truth", "prediction"), transitions, strict=False):
+        counts = table.numpy()[1:, 1:].astype(float)
+        _draw_matrix(axis, counts / max(counts.sum(), 1), counts, names[1:])
+        axis.set_title(f"{title}: share of all changed pixels, and pixels", fontsize=10)
+        axis.set_ylabel("before")
+        axis.set_xlabel("after")
+    return figure
+
+
+def _matrix_axes(num_axes: int, num_classes: int) -> tuple[Picture, list[Axes]]:
+    side = 1.8 + 0.75 * num_classes
+    figure = Picture(figsize=(num_axes * side, side), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, num_axes, squeeze=False)[0])
+
+
+def _draw_matrix(
+    axis: Axes, shares: NDArray[np.floating], counts: NDArray[np.floating], names: Sequence[str]
+) -> None:
+    top = 1.0 if shares.max() > 0.5 else float(shares.max()) or 1.0
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=top)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) > 15:  # no room for numbers
+        return
+    for (row, column), share in np.ndenumerate(shares):
+        if count := float(counts[row, column]):
+            axis.text(
+                column, row, f"{share:.1%}\n{_short(count)}", fontsize=7,
+                ha="center", va="center", color="white" if share > top / 2 else "black",
+            )  # fmt: skip
+
+
+def _short(count: float) -> str:
+    """1234567 -> 1.2M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return f"{count:.0f}"
+
+
+def plot_attention(
+    model: SiameseUNet, before: Tensor, after: Tensor, row: int, column: int
+) -> Picture:
+    """Draw where a pixel of `before` looks in `after`, at each scale that attends.
+
+    Args:
+        model: with `cross_attention` as its fusion; its mode is as before afterwards.
+        before: (3, H, W) uint8.
+        after: the same.
+        row: of the pixel, below H.
+        column: of the pixel, below W.
+
+    Raises:
+        ValueError: the model does not attend.
+    """
+    seen = attention_maps(model, before, after, row, column)
+    if not seen:
+        raise ValueError("no scale of this model attends; train with --fusion cross_attention")
+    figure = Picture(figsize=(3 * (1 + len(seen)), 3.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    first, *others = figure.subplots(1, 1 + len(seen))
+    first.imshow(before.cpu().permute(1, 2, 0).numpy())
+    first.set_title("before, and a place in it", fontsize=10)
+    for axis, (stride, weights) in zip(others, seen.items(), strict=True):
+        axis.imshow(after.cpu().permute(1, 2, 0).numpy())
+        axis.imshow(weights.numpy(), cmap="inferno", alpha=0.6)
+        axis.set_title(f"where it looks after, 1/{stride}", fontsize=10)
+    for axis in (first, *others):
+        axis.plot(column, row, "+", color="cyan", markersize=12, markeredgewidth=2)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure
+
+
+@torch.no_grad()
+def attention_maps(
+    model: SiameseUNet, before: Tensor, after: Tensor, row: int, column: int
+) -> dict[int, Tensor]:
+    """Return, by stride, the weights (H, W) float32 of what `plot_attention` draws.
+
+    Every map is the mean over its heads, and its largest value is 1.
+    """
+    maps: dict[int, Tensor] = {}
+    size = before.shape[-2:]
+
+    def watch(stride: int) -> Any:
+        def look(attention: CrossAttention, dates: tuple[Tensor, Tensor]) -> None:
+            weights = attention.look(*dates, row // stride, column // stride)
+            # a map may be a little larger than the image, whose sides were rounded up
+            large = F.interpolate(weights[None], scale_factor=stride, mode="nearest")[0, 0]
+            maps[stride] = (large / large.max())[: size[0], : size[1]].cpu()
+
+        return look
+
+    hooks = [
+        module.register_forward_pre_hook(watch(stride))
+        for fusion, stride in zip(model.fusions, model.encoder.strides, strict=True)
+        for module in fusion.modules()
+        if isinstance(module, CrossAttention)
+    ]
+    was_training, device = model.training, next(model.parameters()).device
+    try:
+        model.eval()(before[None].to(device), after[None].to(device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return maps

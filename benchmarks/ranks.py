@@ -28,7 +28,7 @@ from scene import write_scene
 from train_step import batch_of, ours, train
 
 from mapping.maps import Kinds
-from mapping.scenes import ScenePair
+from mapping.rasters import ScenePair
 from predict import Config, predict_pair
 from runtime import distributed
 from runtime.distributed import share, world_size

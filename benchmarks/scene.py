@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mapping.maps import Kinds
-from mapping.scenes import ScenePair
+from mapping.rasters import ScenePair
 from pairs.synthetic.sample_set import make_pair
 from predict import Config, predict, predict_pair
 from runtime.checkpoint import read_checkpoint

@@ -18,8 +18,7 @@ from pairs.cache import Source
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import CALIBRATION_BINS, NUM_BINS, change_iou
 from scoring.evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
-from scoring.matrices import plot_confusion, plot_transitions
-from visualize import Picture, prediction_grid
+from visualize import Picture, plot_confusion, plot_transitions, prediction_grid
 
 # Okabe and Ito's, which every kind of colour vision tells apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")

@@ -44,8 +44,7 @@ from runtime import config as cli
 from runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
 from runtime.tracking import Tracker
-from training.engine import Progress
-from training.optimizer import build_optimizer, warmup_cosine
+from training.engine import Progress, build_optimizer, warmup_cosine
 from training.run_folder import find_checkpoint
 
 PATIENCE = 60  # seconds for one input, which takes milliseconds: longer is a hang

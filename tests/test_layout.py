@@ -26,11 +26,6 @@ FILES = sorted(
 OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
 OPTIONAL = {"timm", "rasterio", "onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 SCIENCE = ["networks", "pairs", "model", "metrics", "losses", "dataset"]
-UNCUT = {  # after the move: files that still import from beside or above
-    "mapping/polygons.py", "networks/attention.py", "networks/sliding_window.py",
-    "pairs/synthetic/sample_run.py", "runtime/checkpoint.py", "scoring/protocols.py",
-    "training/recorder.py",
-}  # fmt: skip
 ENGINEERING = {"argparse", "mlflow", "runtime.config", "runtime.tracking", "training"}
 
 
@@ -59,8 +54,6 @@ def test_every_file_has_a_floor() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     own = place_of(path)
-    if str(path.relative_to(ROOT)) in UNCUT:
-        return
     for other in {name.split(".")[0] for name in imports(path)} & set(FLOOR) - {own}:
         assert FLOOR[other] < FLOOR[own], f"{own} imports {other}"
 
@@ -83,7 +76,7 @@ def test_only_the_promised_packages_are_needed() -> None:
 
 def test_the_science_knows_nothing_of_the_engineering() -> None:
     for path in FILES:
-        if place_of(path) in SCIENCE and str(path.relative_to(ROOT)) not in UNCUT:
+        if place_of(path) in SCIENCE:
             assert not imports(path) & ENGINEERING, path
 
 

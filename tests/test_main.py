@@ -26,11 +26,12 @@ from networks.fusion import FUSIONS
 from networks.weights import WeightsUnavailableError
 from pairs.cache import FileSource
 from pairs.synthetic import sample_set as sample_data
-from pairs.synthetic.sample_run import FROM_SCRATCH, choose_data
+from pairs.synthetic.sample_set import choose_data
 from runtime.checkpoint import read_checkpoint
 from runtime.config import parse
 from runtime.errors import DivergedError, Interrupted, UserError
 from training import run_folder, splits
+from training.recipe import FROM_SCRATCH
 
 SCRIPT = Path(main.__file__)
 SMALL = {
@@ -299,7 +300,7 @@ def test_out_of_memory_says_what_to_try(
     def no_room(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("training.learner.train_one_epoch", no_room)
+    monkeypatch.setattr("training.engine.train_one_epoch", no_room)
     with pytest.raises(UserError, match="--batch-size 2 and --crop-size 32; try --batch-size 1"):
         train(options(tree))
 

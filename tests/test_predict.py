@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import predict
 from mapping.maps import Kinds
-from mapping.scenes import ScenePair, find_scenes
+from mapping.rasters import ScenePair, find_scenes
 from model import build_model, load_model
 from pairs.images import read_image, read_label
 from predict import Config, Mapped, predict_pair, predict_scene

@@ -1,24 +1,29 @@
-"""One epoch of training, one pass of evaluation: move, forward, backward, maybe update, remember.
+"""What learns, an epoch of training, a pass of evaluation.
 
 One path for float32, bfloat16 and float16, for one process and many. On a GPU no step waits for the
 device, but for float16's scale: a step that is not finite is skipped there, and every `CHECK_EVERY`
-updates looked for.
+updates looked for. AdamW, arXiv:1711.05101; cosine schedule, arXiv:1608.03983.
 """
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from tqdm import tqdm
 
+from dataset import PairLoader
 from metrics import Confusion, ScoreHistogram
+from model import SiameseUNet
 from runtime.devices import Precision
-from runtime.distributed import all_reduce_, no_sync, summand, world_size
+from runtime.distributed import all_reduce_, no_sync, rank, summand, world_size
 from runtime.errors import DivergedError
 
 CHECK_EVERY = 32
@@ -242,3 +247,118 @@ def evaluate(
             "finite; the last checkpoint is kept. Try a lower --lr, or --amp off"
         )
     return {"loss": mean_loss, **confusion.scores()}, histogram
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and all that changes it; `in_training` is what to call then."""
+
+    model: SiameseUNet
+    in_training: nn.Module
+    model_kwargs: dict[str, Any]
+    weights: str  # that the encoder began with, in words
+    criterion: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    precision: Precision
+    progress: Progress
+
+    def parts(self) -> dict[str, Any]:
+        """Return what a run needs to go on, by the names in a checkpoint."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.precision.scaler,
+            "progress": self.progress,
+        }
+
+
+def learn_epoch(
+    learner: Learner,
+    loader: PairLoader,
+    *,
+    title: str,
+    batch_size: int,
+    accumulate: int,
+    clip_norm: float,
+    after_update: Callable[[], None],
+) -> tuple[dict[str, float], float, float]:
+    """Train on what is left of an epoch, under a progress bar.
+
+    Args:
+        learner: stands somewhere in the epoch.
+        loader: of the training split.
+        title: of the bar.
+        batch_size: pairs in a batch, of all processes together.
+        accumulate: batches per update.
+        clip_norm: limit of the gradient's norm; 0 is none.
+        after_update: see `engine.train_one_epoch`.
+
+    Returns:
+        Loss and scores, pairs per second, and the share of the time that went waiting for data.
+    """
+    progress, num_batches = learner.progress, len(loader)
+    start, waited = time.perf_counter(), loader.waited
+    in_batch = min(batch_size, len(loader.dataset))
+    num_pairs = (num_batches - progress.batch) * in_batch
+    sampler: Any = loader.batch_sampler
+    sampler.set_epoch(progress.epoch, first_batch=progress.batch)
+    with tqdm(
+        total=num_batches,
+        initial=progress.batch,
+        desc=title,
+        unit="batch",
+        leave=False,
+        disable=True if rank() else None,  # where nobody watches
+    ) as bar:
+
+        def look(progress: Progress) -> None:
+            if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
+                bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
+            after_update()
+
+        scores = train_one_epoch(
+            learner.in_training,
+            learner.criterion,
+            loader,
+            learner.optimizer,
+            learner.scheduler,
+            progress,
+            precision=learner.precision,
+            num_batches=num_batches,
+            batch_size=in_batch,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            after_update=look,
+        )
+    seconds = time.perf_counter() - start
+    return scores, num_pairs / seconds, (loader.waited - waited) / seconds
+
+
+def build_optimizer(
+    model: SiameseUNet, *, lr: float, weight_decay: float, encoder_factor: float = 0.1
+) -> AdamW:
+    """Optimize everything that requires gradients, the encoder at `encoder_factor` of the rate.
+
+    Fused: one kernel for all parameters, and it skips a step whose gradient is not finite.
+    """
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    ours = {id(p) for p in model.encoder.parameters()}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    groups = [{"params": rest, "lr": lr}]
+    if encoder:
+        groups.append({"params": encoder, "lr": lr * encoder_factor})
+    return AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def warmup_cosine(optimizer: AdamW, *, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Return the schedule, stepped once per update."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, factor)

@@ -19,13 +19,12 @@ from torch import nn
 from dataset import ChangeDataset
 from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
 from model import load_model
-from pairs.synthetic.sample_run import SAMPLE_LABEL
+from pairs.synthetic.sample_set import SAMPLE_LABEL
 from runtime.checkpoint import save_checkpoint
 from runtime.distributed import wait_for_all
 from runtime.errors import UserError
 from runtime.tracking import Tracker, without_secrets
-from scoring.matrices import plot_confusion, plot_transitions
-from visualize import plot_predictions, save_figure
+from visualize import plot_confusion, plot_predictions, plot_transitions, save_figure
 
 PICTURE = "validation_predictions.png"
 

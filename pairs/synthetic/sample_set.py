@@ -28,6 +28,7 @@ from runtime.errors import UserError
 
 SPLITS = {"train": 40, "val": 16, "test": 16}
 VERSION = 3  # of the drawing: raise it when the same seed gives other pixels
+SAMPLE_LABEL = "SYNTHETIC SAMPLE DATA"
 MARKER = "sample.json"
 NOTE = "Synthetic pictures drawn by sample_data.py; nothing here is a photograph of a real place."
 FOLDERS = {
@@ -229,3 +230,30 @@ def make_sample_set(
     finally:
         shutil.rmtree(drawn, ignore_errors=True)
     return root
+
+
+def choose_data(data: Path, task: str = "change", num_classes: int | None = None) -> Path:
+    """Return the folder of the datasets if one is there; else make a sample set inside.
+
+    Args:
+        data: the folder, data/ of the repository.
+        task: "semantic" asks for a set with the classes of each date.
+        num_classes: 3 asks for a set with none, road and building, all else for a binary one.
+    """
+    kind = "semantic" if task == "semantic" else "3-classes" if num_classes == 3 else ""
+    folder = data / (f"sample-{kind}" if kind else "sample")
+    if any(
+        path.name not in ("README.md", "cache", folder.name)
+        and not path.name.startswith(".")
+        and not is_sample(path)
+        for path in data.glob("*")
+    ):
+        return data
+    verb = "takes the one" if is_sample(folder) else "makes one"
+    print(f"{SAMPLE_LABEL}: no dataset under {data}, so this run {verb} in {folder}")
+    return make_sample_set(folder, kind=kind or "change")
+
+
+def is_sample(folder: Path) -> bool:
+    """Whether a dataset was drawn by `py`."""
+    return (folder / MARKER).is_file()

@@ -10,8 +10,7 @@ from losses import CombinedIoULoss
 from metrics import Confusion
 from runtime.devices import Precision
 from runtime.errors import DivergedError
-from training.engine import Progress, evaluate, train_one_epoch
-from training.optimizer import warmup_cosine
+from training.engine import Progress, evaluate, train_one_epoch, warmup_cosine
 
 CPU = torch.device("cpu")
 Batches = list[tuple[Tensor, Tensor, Tensor]]

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scoring.matrices import plot_confusion, plot_transitions
+from visualize import plot_confusion, plot_transitions
 
 NAMES = ("no change", "road", "building")
 

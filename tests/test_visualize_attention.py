@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model import build_model
-from networks.attention import attention_maps, plot_attention
 from networks.fusion import CrossAttention
+from visualize import attention_maps, plot_attention
 
 
 def dates(height: int, width: int) -> torch.Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model import build_model
-from training.optimizer import build_optimizer, warmup_cosine
+from training.engine import build_optimizer, warmup_cosine
 
 
 def test_frozen_encoder_is_left_out() -> None:

@@ -34,6 +34,8 @@ from pairs.layouts import find_pairs
 from runtime.distributed import share, world_size
 from runtime.errors import DataFault, UserError
 
+PATCH_SIZE = 256  # of validation and testing, as the literature scores
+
 Sample = tuple[Tensor, Tensor, Tensor]
 
 

@@ -17,14 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset import ChangeDataset, make_loader
+from dataset import PATCH_SIZE, ChangeDataset, make_loader
 from model import SiameseUNet
 from networks.sliding_window import OVERLAP, WINDOW, predict_logits
 from pairs.cache import Source
 from runtime.devices import Precision
 from runtime.errors import UserError
 from scoring.counts import Bytes, Prediction
-from training.splits import PATCH_SIZE
 
 Predicted = tuple[Prediction, Bytes]
 PROTOCOLS = ("patches", "whole", "sliding")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dataset import ChangeDataset, PairLoader, make_loader
+from dataset import PATCH_SIZE, ChangeDataset, PairLoader, make_loader
 from losses import balanced_weights
 from metrics import Confusion, build_confusion
 from pairs.augment import Augment
@@ -17,8 +17,6 @@ from pairs.layouts import Layout
 from runtime.devices import pick_workers
 from runtime.distributed import local_world_size, world_size
 from runtime.errors import UserError
-
-PATCH_SIZE = 256  # of validation, as the literature scores
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Backbones that turn an image into one map per stride, shallow to deep: the table is `ENCODERS`.
 
     image    (N, 3, H, W)               float in [0, 1], any H and W
-    maps     (N, C_s, H/s, W/s)         s = 2, 4, 8, 16, 32 (ResNets), 4, 8, 16, 32 (Swin, ConvNeXt)
+    maps     (N, C_s, H/s, W/s)         s = 2, 4, 8, 16, 32 (ResNets, EfficientNet-Lite0),
+                                        4, 8, 16, 32 (Swin, ConvNeXt)
 
-ResNet, arXiv:1512.03385; Swin, arXiv:2103.14030, arXiv:2111.09883; ConvNeXt, arXiv:2201.03545.
-Everything that timm can cut into stages is there as `timm:<name>`, where timm is installed.
+ResNet, arXiv:1512.03385; the others are in `backbones.py`. Everything that timm can cut into
+stages is there as `timm:<name>`, where timm is installed.
 """
 
 import copy
@@ -20,13 +21,14 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.ops import StochasticDepth
 
+from networks.backbones import EfficientNetLite0, Stages, TimmStages
 from runtime.errors import UserError
 
 # torchvision's, the same for all of its backbones
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TIMM = "timm:"
+LITE = "efficientnet_lite0"
 
 
 class Encoder(nn.Module):
@@ -124,33 +126,6 @@ class Encoder(nn.Module):
         return {**self.__dict__, "_folded": None}
 
 
-class Stages(nn.Module):
-    """The maps of a Swin or ConvNeXt of torchvision, each with its channels normalised.
-
-    Between their stages nothing is normalised, so magnitudes differ by channel and depth. The
-    LayerNorm has no weights of its own: the fusion's convolution follows, which has.
-    """
-
-    def __init__(self, features: nn.Sequential, *, channels_last: bool) -> None:
-        super().__init__()
-        self.features = features
-        self.channels_last = channels_last  # Swin's tensors are (N, h, w, C)
-        for module in features.modules():
-            if isinstance(module, StochasticDepth):
-                # It draws from the global generator, and a run could not be resumed bit for bit
-                module.p = 0.0
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Turn (N, 3, H, W) into the maps behind stages 1 to 4."""
-        maps = []
-        for number, stage in enumerate(self.features):
-            x = stage(x)
-            if number % 2:  # even ones embed and merge patches
-                tap = x if self.channels_last else x.permute(0, 2, 3, 1)
-                maps.append(F.layer_norm(tap, tap.shape[-1:]).permute(0, 3, 1, 2))
-        return maps
-
-
 def _as_list(maps: Any) -> list[Tensor]:
     return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
@@ -169,6 +144,12 @@ def _stages(name: str) -> Encoder:
     wide = 128 if name in ("swin_b", "swin_v2_b", "convnext_base") else 96
     stages = Stages(network.features, channels_last=name.startswith("swin"))
     return Encoder(stages, [wide, 2 * wide, 4 * wide, 8 * wide], (4, 8, 16, 32), multiple=32)
+
+
+def _lite(_: str) -> Encoder:
+    channels, half = (16, 24, 40, 112, 320), (0.5, 0.5, 0.5)
+    strides = (2, 4, 8, 16, 32)
+    return Encoder(EfficientNetLite0(), channels, strides, multiple=32, mean=half, std=half)
 
 
 def timm_network(name: str, *, features_only: bool = True, **options: Any) -> Any:
@@ -215,26 +196,9 @@ def _timm(name: str) -> Encoder:
     )
 
 
-class TimmStages(nn.Module):
-    """Some maps of a timm network, as (N, C, h, w); a few of its families give (N, h, w, C)."""
-
-    def __init__(self, network: nn.Module, wanted: Sequence[int], channels: Sequence[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.wanted = tuple(wanted)
-        self.channels = tuple(channels)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Turn (N, 3, H, W) into the wanted maps."""
-        maps = self.network(x)
-        return [
-            maps[i] if maps[i].shape[1] == self.channels[i] else maps[i].permute(0, 3, 1, 2)
-            for i in self.wanted
-        ]
-
-
 ENCODERS: dict[str, Callable[[str], Encoder]] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _resnet),
+    LITE: _lite,
     **dict.fromkeys(("swin_t", "swin_s", "swin_b"), _stages),
     **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), _stages),
     **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), _stages),

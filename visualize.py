@@ -27,7 +27,8 @@ from dataset import ChangeDataset
 from metrics import Confusion, predict_classes
 from model import SiameseUNet
 from networks.fusion import CrossAttention
-from pairs.images import IGNORE, MaskCoding
+from pairs.images import IGNORE
+from pairs.labels import MaskCoding
 
 log = logging.getLogger("visualize")
 

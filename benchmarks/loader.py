@@ -21,8 +21,8 @@ from naive import NaiveDataset
 from dataset import ChangeDataset, make_loader
 from pairs.augment import Augment
 from pairs.cache import open_source
-from pairs.images import choose_mask_coding, label_values, read_label
-from pairs.labels import Classes
+from pairs.images import read_label
+from pairs.labels import Classes, choose_mask_coding, label_values
 from pairs.layouts import Pair, find_pairs
 from pairs.synthetic.sample_set import make_sample_set
 

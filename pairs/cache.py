@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pairs.images import IGNORE, MaskCoding, read_image, read_size
+from pairs.images import IGNORE, read_image, read_size
+from pairs.labels import MaskCoding
 from pairs.layouts import Pair
 from runtime.devices import available_memory
 from runtime.errors import DataFault, UserError

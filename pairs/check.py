@@ -15,16 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pairs.images import (
-    Bytes,
-    MaskCoding,
-    choose_mask_coding,
-    is_jpeg,
-    label_values,
-    read_image,
-    read_label,
-)
-from pairs.labels import Classes
+from pairs.images import Bytes, read_image, read_label
+from pairs.labels import Classes, MaskCoding, choose_mask_coding, is_jpeg, label_values
 from pairs.layouts import Layout, Pair, listing
 from runtime.errors import UserError, visible
 

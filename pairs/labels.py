@@ -1,4 +1,4 @@
-"""What the classes of a dataset are called, and how its label files write them.
+"""What the classes of a dataset are called, and how its label files write them: `MaskCoding`.
 
     classes.json beside the splits      {"no change": 0, "road": 128, "building": 255}
                                         {"unchanged": [255, 255, 255], "water": [0, 0, 255], ...}
@@ -8,17 +8,21 @@ such a file, names and values are those of the dataset that a task and a number 
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pairs.images import IGNORE, Bytes, Color, read_label
 from runtime.errors import UserError
 
 FILE = "classes.json"
 MIN_PIXELS = 10  # of a connected component that counts as an object, unless asked otherwise
 MAX_CLASSES = 250  # of the labels: 255 is "ignore", 254 "unknown"
-
-Color = tuple[int, int, int]
+_UNKNOWN = 254  # in a lookup table: a value that is no class
+MAX_JPEG_DOUBT = 0.01  # share of a label's pixels that may lie between two classes
 
 # LEVIR-MCI, arXiv:2403.19646
 LEVIR_MCI = {"no change": 0, "road": 128, "building": 255}
@@ -143,3 +147,132 @@ def read_classes(path: Path, task: str = "change") -> Classes:
 
 def _is_byte(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """Which value in a label file means which class: `values[i]` is class i, called `names[i]`.
+
+    255 means "ignore" where it is not the value of a class. Where there are `colors`, those of
+    coloured files are the classes' too.
+    """
+
+    values: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    colors: tuple[Color, ...] | None = None
+
+    def read(self, path: Path) -> Bytes:
+        """Read a label file as (H, W) uint8 class indices, 255 = ignore.
+
+        Raises:
+            UserError: as `read_label` and `decode`.
+        """
+        return self.decode(read_label(path, self.colors), path)
+
+    def decode(self, raw: Bytes, path: Path) -> Bytes:
+        """Turn file values into class indices, 255 = ignore.
+
+        Args:
+            raw: (H, W) uint8, as `read_label` gives it.
+            path: named in errors; a JPEG's noise is snapped to the nearest class.
+
+        Raises:
+            UserError: a value that is no class.
+        """
+        if is_jpeg(path):
+            raw = self._snapped(raw, path)
+        table = np.full(256, _UNKNOWN, dtype=np.uint8)
+        table[IGNORE] = IGNORE
+        table[list(self.values)] = np.arange(len(self.values), dtype=np.uint8)
+        classes = table[raw]
+        if (classes == _UNKNOWN).any():
+            strange = sorted(set(np.unique(raw).tolist()) - set(self.values) - {IGNORE})
+            raise UserError(
+                f"{path}: values {strange[:8]} are no class; expected "
+                f"{', '.join(map(str, self.values))} (--mask-values)"
+            )
+        return classes
+
+    def _snapped(self, raw: Bytes, path: Path) -> Bytes:
+        """Snap each pixel to the nearest value; noise is small but for a few pixels at edges."""
+        values = np.array(self.values, dtype=np.int16)
+        distance = np.abs(np.arange(256, dtype=np.int16)[:, None] - values)
+        is_far = distance.min(1) > np.diff(np.sort(values)).min() / 4
+        if is_far[raw].mean() > MAX_JPEG_DOUBT:
+            raise UserError(
+                f"{path}: a JPEG label whose values do not gather around "
+                f"{', '.join(map(str, self.values))} (--mask-values); save labels as PNG"
+            )
+        return values[distance.argmin(1)].astype(np.uint8)[raw]
+
+
+def choose_mask_coding(
+    values: Iterable[int], classes: Classes, examples: Mapping[int, Path] | None = None
+) -> MaskCoding:
+    """Tell from the values of a whole dataset what they mean.
+
+    Args:
+        values: every value that occurs in any label, see `label_values`.
+        classes: what is known of them.
+        examples: a file for each value, to name in errors.
+
+    Raises:
+        UserError: the values fit no known coding; it lists them and says what to do.
+    """
+    num_labels, asked = classes.num_labels, classes.values
+    found = set(values)
+    if asked is not None:
+        is_byte = set(asked) <= set(range(256))
+        if len(asked) != num_labels or len(set(asked)) != num_labels or not is_byte:
+            raise UserError(
+                f"--mask-values {','.join(map(str, asked))}: give {num_labels} different values "
+                f"from 0 to 255, class 0 first, for --num-classes {classes.num_classes}"
+            )
+        known = [tuple(asked)]
+    elif num_labels == 2:
+        known = [(0, 255), (0, 1)]
+    else:
+        known = [tuple(LEVIR_MCI.values())] if num_labels == 3 and not classes.colors else []
+        known += [tuple(range(num_labels))]
+    for coding in known:
+        may_ignore = {IGNORE} if asked is not None or classes.num_classes > 1 else set()
+        # 0 and 255 alone are rather two classes than one class and pixels to ignore
+        is_ignored_whole = bool(found - set(coding)) and not found & set(coding[1:])
+        if found <= {*coding, *may_ignore} and not is_ignored_whole:
+            return MaskCoding(coding, classes.names_for(coding), classes.colors)
+    strange = min((sorted(found - set(coding)) for coding in known), key=len)
+    files = ", ".join(str(examples[v]) for v in strange[:3]) if examples else ""
+    remedy = "give the value of class 0, 1, ... as --mask-values"
+    if num_labels == 2 and found <= {0, 128, 255}:
+        remedy = "--num-classes 3 reads them as none, road, building"
+    raise UserError(
+        f"labels hold the values {_listed(sorted(found))}; "
+        f"expected {' or '.join(','.join(map(str, k)) for k in known)} "
+        f"for --num-classes {classes.num_classes}{f' (see {files})' if files else ''}; {remedy}"
+    )
+
+
+def is_jpeg(path: Path) -> bool:
+    """Whether a label of this name carries JPEG's noise."""
+    return path.suffix.lower() in (".jpg", ".jpeg")
+
+
+def label_values(raw: Bytes, path: Path) -> set[int]:
+    """Return the values of a label that tell its coding; a JPEG's are noise and tell none.
+
+    Raises:
+        UserError: a JPEG whose classes lie closer together than its noise.
+    """
+    if not is_jpeg(path):
+        return set(np.unique(raw).tolist())
+    if 0 < raw.max() < 100:
+        raise UserError(
+            f"{path}: a JPEG label with values up to {raw.max()} only: its noise hides the "
+            "classes; save labels as PNG"
+        )
+    return set()
+
+
+def _listed(values: list[int]) -> str:
+    shown = ", ".join(map(str, values[:12]))
+    return f"{shown}, ... ({len(values)} in all)" if len(values) > 12 else shown

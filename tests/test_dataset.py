@@ -17,7 +17,8 @@ from torch import Tensor
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
 from pairs.augment import Augment
 from pairs.cache import FileSource
-from pairs.images import IGNORE, MaskCoding
+from pairs.images import IGNORE
+from pairs.labels import MaskCoding
 from pairs.layouts import find_pairs
 from runtime.errors import DataFault, UserError
 

@@ -36,8 +36,8 @@ from networks.weights import read_state_dict
 from pairs import download
 from pairs.check import check
 from pairs.download import fetch, unpack
-from pairs.images import MaskCoding, choose_mask_coding, read_image, read_label, read_size
-from pairs.labels import Classes, choose_classes
+from pairs.images import read_image, read_label, read_size
+from pairs.labels import Classes, MaskCoding, choose_classes, choose_mask_coding
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import read_marker
 from runtime import config as cli

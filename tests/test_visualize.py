@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
-from pairs.images import MaskCoding
+from pairs.labels import MaskCoding
 from visualize import (
     COLUMNS,
     FALSE_ALARM,

@@ -20,7 +20,7 @@ import dataset as datasets
 from pairs import cache as sources
 from pairs.augment import Augment
 from pairs.cache import CachedSource, FileSource, Source, open_source
-from pairs.images import MaskCoding
+from pairs.labels import MaskCoding
 from pairs.layouts import find_pairs
 from runtime.errors import UserError
 

@@ -13,16 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pairs.images import (
-    IGNORE,
-    MaskCoding,
-    choose_mask_coding,
-    label_values,
-    read_image,
-    read_label,
-    read_size,
-)
-from pairs.labels import Classes
+from pairs.images import IGNORE, read_image, read_label, read_size
+from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
 from runtime.errors import UserError
 
 RGB = picture(0, 17, 33)

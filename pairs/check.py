@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pairs.images import Bytes, read_image, read_label
-from pairs.labels import Classes, MaskCoding, choose_mask_coding, is_jpeg, label_values
+from pairs.images import Bytes, is_lossy, read_image, read_label
+from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
 from pairs.layouts import Layout, Pair, listing
 from runtime.errors import UserError, visible
 
@@ -120,7 +120,7 @@ def check(
     def inspect_label(path: Path) -> FileRecord:
         raw = read_label(path, classes.colors)
         label_values(raw, path)
-        if is_jpeg(path):
+        if is_lossy(path):
             raw = np.array(jpeg_coding.values, dtype=np.uint8)[jpeg_coding.decode(raw, path)]
         outline = _digest(np.packbits(raw == first_value))
         return FileRecord(
@@ -149,7 +149,7 @@ def check(
         for name, summary in splits.items()
         if (share := summary.change_share) in (0, 1)
     ]
-    if jpegs := sum(is_jpeg(path) for path in labels):
+    if jpegs := sum(is_lossy(path) for path in labels):
         warnings.append(f"{jpegs} labels are JPEGs: their noise is snapped to {coding.values}")
     if disagreeing := [p for p in pairs if len({labels[path].outline for path in p.labels}) > 1]:
         warnings.append(

@@ -1,22 +1,30 @@
-"""Files to arrays: one rule per kind of file, and a clear error for everything else.
+"""Image and label files to arrays: one rule per kind of file, and a clear error for all else.
 
-    images    RGB as it is; grey and 1-bit repeated; palettes looked up; alpha dropped; CMYK
-              converted; turned as EXIF says; 16-bit and float refused
-    labels    grey values as they are; 1-bit as 0/255; palettes as their grey if all their used
-              colours are grey, else as indices; RGB with equal channels as one; 16-bit if it fits;
-              of classes with colours, RGB and palettes as the index of the pixel's colour
+    images    (H, W, 3) uint8 RGB, and where there is data: grey repeated; palettes looked up; CMYK
+              converted; turned as EXIF says; more than 8 bits by a scale (`Reading`)
+    labels    (H, W) uint8: grey values as they are, whatever their depth; 1-bit as 0/255; palettes
+              as their grey if all their used colours are grey, else as indices; RGB with equal
+              channels as one; of classes with colours, RGB and palettes as the index of the colour
 
-A file is always decoded whole: Pillow's `verify` misses damage that decoding meets.
+No data is where alpha is 0, where all bands hold the no data value of the file, and what its mask
+says. What a file is stands in its header (headers.py): Pillow reads what it reads right, rasterio
+the rest. A file is always decoded whole: Pillow's `verify` misses damage that decoding meets.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pairs.bands import AS_STORED, Bools, Bytes, Kind, Reading, Rendering
+from pairs.gdal import open_bands, read_raster
+from pairs.headers import OTHER, PNG, QUARTER_TURNS, TIFF, Header, header_of, png_may_turn
 from runtime.errors import UserError
 
 IGNORE = 255  # the class index of pixels that do not count
@@ -24,10 +32,27 @@ IGNORE = 255  # the class index of pixels that do not count
 MAX_PIXELS = 2**27
 # Pillow goes by the content, not by the name, and would hand an EPS called .png to Ghostscript
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
-_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+_ORIENTATION = 0x0112
+_SAMPLE_SIDE = 1024  # of a thinned-out image
+_NAMES = {
+    "1": ("gray",), "L": ("gray",), "I;16": ("gray",), "I;16B": ("gray",), "I": ("gray",),
+    "F": ("gray",), "LA": ("gray", "alpha"), "RGB": ("red", "green", "blue"),
+    "RGBA": ("red", "green", "blue", "alpha"), "P": ("palette",),
+    "CMYK": ("cyan", "magenta", "yellow", "black"),
+}  # fmt: skip
+# how numpy shows the pixels for `Image.transpose`'s meaning of each EXIF orientation, (..., H, W)
+_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda x: x[..., ::-1],
+    3: lambda x: x[..., ::-1, ::-1],
+    4: lambda x: x[..., ::-1, :],
+    5: lambda x: x.swapaxes(-1, -2),
+    6: lambda x: x.swapaxes(-1, -2)[..., ::-1],
+    7: lambda x: x[..., ::-1, ::-1].swapaxes(-1, -2),
+    8: lambda x: x.swapaxes(-1, -2)[..., ::-1, :],
+}
 
-Bytes = NDArray[np.uint8]
 Color = tuple[int, int, int]
+_Rows = tuple[NDArray[Any], Any]  # rows of bands, and where they have data
 
 # Set once for the process: `catch_warnings` around each file is not safe in threads, where it can
 # leave the filters changed for good.
@@ -35,35 +60,126 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd files; what matters raises
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """An image as it was read.
+
+    Attributes:
+        rgb: (H, W, 3) uint8.
+        valid: (H, W), where there is data; None: everywhere.
+        bands: which bands of the file they are, in words.
+        stretched: the percentiles that became 0 and 255, in words, if any.
+        remarks: what is odd about the file.
+    """
+
+    rgb: Bytes
+    valid: Bools | None = None
+    bands: str = ""
+    stretched: str = ""
+    remarks: tuple[str, ...] = ()
+
+
 def read_size(path: Path) -> tuple[int, int]:
     """Return (height, width) from the header alone."""
+    header = _header(path)
+    if header.kind == TIFF:
+        return _checked(header, path).size
     with _open(path) as image:
         width, height = image.size
         try:
-            # Pillow turns a TIFF's size itself, and decodes a whole PNG in search of EXIF behind
-            # its pixels: 3 ms at 1024 x 1024
-            is_plain = image.format == "TIFF" or (
-                image.format == "PNG" and "exif" not in image.info
-            )
-            turned = not is_plain and image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+            if header.kind == PNG and "exif" not in image.info:
+                with path.open("rb") as file:
+                    may_turn = png_may_turn(file)
+            else:
+                may_turn = True
+            # Pillow decodes a whole PNG in search of EXIF behind its pixels
+            turned = may_turn and image.getexif().get(_ORIENTATION) in QUARTER_TURNS
         except Exception as error:
             raise _unreadable(path, error) from None
     return (width, height) if turned else (height, width)
 
 
-def read_image(path: Path) -> Bytes:
+def read_image(path: Path, reading: Reading = AS_STORED) -> Bytes:
     """Read an image as (H, W, 3) uint8 RGB.
 
     Raises:
-        UserError: unreadable, too large, or of more than 8 bits.
+        UserError: as `read_pixels`.
     """
+    return read_pixels(path, reading).rgb
+
+
+def read_pixels(path: Path, reading: Reading = AS_STORED, *, stretch: bool = False) -> Pixels:
+    """Read an image as RGB, with where there is data.
+
+    Args:
+        path: of a PNG, JPEG, TIFF, BMP, GIF or WebP.
+        reading: which bands, and how they become bytes.
+        stretch: take percentiles of this image where nothing says which values become 0 and 255.
+
+    Raises:
+        UserError: unreadable, too large, of more than 8 bits without a scale; or it does not say
+            which of its bands are red, green and blue, or lacks one that was asked for.
+    """
+    header = _header(path)
+    with _bands(path, header, reading) as (rendering, thin, render):
+        if not stretch:
+            rendering.refuse_open()
+        if rendering.alpha:
+            rendering.look(thin()[0])
+        stretched = rendering.fit(*thin()) if rendering.is_open else ""
+        rgb, valid = render()
+        turn = _turn(header)
+        return Pixels(
+            np.ascontiguousarray(turn(rgb).transpose(1, 2, 0)),
+            None if valid is None or valid.all() else np.ascontiguousarray(turn(valid)),
+            rendering.describe(),
+            stretched,
+            tuple(rendering.remarks),
+        )
+
+
+def read_sample(path: Path, reading: Reading) -> NDArray[np.float64]:
+    """Return values of an image's colours (3, N) where it has data, thinned out.
+
+    Raises:
+        UserError: as `read_pixels`.
+    """
+    with _bands(path, _header(path), reading) as (rendering, thin, _):
+        return rendering.values(*thin())
+
+
+@contextmanager
+def _bands(
+    path: Path, header: Header, reading: Reading
+) -> Iterator[tuple[Rendering, Callable[[], _Rows], Callable[[], tuple[Bytes, Bools | None]]]]:
+    """Open an image: its rendering, its rows thinned out, and the whole of it as RGB."""
+    if header.odd or _lacks_bands(header, reading):
+        with open_bands(path, header, reading) as raster:
+            yield raster.rendering, raster.thinned, raster.read
+        return
     with _open(path) as image:
-        if image.mode not in ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr"):
-            raise UserError(
-                f"{path}: has {image.mode} pixels, more than 8 bits a channel; "
-                "scale it to 8 bits first"
-            )
-        return np.asarray(_decoded(image, path).convert("RGB"))
+        decoded = _decoded(image, path, header)
+    is_plain = decoded.mode == "RGB" and "transparency" not in decoded.info
+    if is_plain and reading == AS_STORED and header.nodata is None:  # nearly all files
+        rgb = np.asarray(decoded).transpose(2, 0, 1)
+        yield (
+            Rendering(path, Kind(_NAMES["RGB"]), reading),
+            lambda: (rgb, None),
+            lambda: (rgb, None),
+        )
+        return
+    rows, kind, valid = _samples(decoded, header, raw=reading.bands is not None)
+    rendering = Rendering(path, kind, reading)
+    rows = rows[[band - 1 for band in rendering.needed]]
+    if header.nodata is not None:
+        colors = [rendering.needed.index(band) for band in set(rendering.colors)]
+        valid = valid & (rows[colors] != header.nodata).any(0)
+    step = max(1, -(-max(valid.shape) // _SAMPLE_SIDE))
+    yield (
+        rendering,
+        lambda: (rows[:, ::step, ::step], valid[::step, ::step]),
+        lambda: rendering.render(rows, valid),
+    )
 
 
 def read_label(path: Path, colors: Sequence[Color] | None = None) -> Bytes:
@@ -74,34 +190,71 @@ def read_label(path: Path, colors: Sequence[Color] | None = None) -> Bytes:
         colors: of the classes; None refuses a coloured label.
 
     Raises:
-        UserError: unreadable, too large, of unknown colours, or with values above 255.
+        UserError: unreadable, too large, of unknown colours, with values above 255, or with an
+            alpha channel that says more than its colours.
     """
-    with _open(path) as image:
-        decoded = _decoded(image, path)
-        if colors is not None and decoded.mode in ("RGB", "RGBA", "P", "PA"):
-            return _indices(np.asarray(decoded.convert("RGB")), colors, path)
-        if decoded.mode == "P":
-            return _palette(decoded)
-        if decoded.mode in ("L", "1"):
-            return np.asarray(decoded.convert("L"))
-        if decoded.mode in ("RGB", "RGBA", "LA"):
-            channels = np.asarray(decoded.convert("RGB"))
-            if (channels == channels[..., :1]).all():
-                return np.ascontiguousarray(channels[..., 0])
-            colors = np.unique(channels.reshape(-1, 3), axis=0)[:8].tolist()
-            raise UserError(
-                f"{path}: a coloured label, with {', '.join(map(str, colors))}; "
-                "save it with one channel of class values, or name the colours in classes.json"
-            )
-        values = np.asarray(decoded)
-        if values.dtype.kind in "iu" and values.ndim == 2 and values.min() >= 0:
-            if values.max() <= 255:
-                return values.astype(np.uint8)
-            if set(np.unique(values).tolist()) <= {0, 65535}:
-                return np.where(values > 0, 255, 0).astype(np.uint8)
+    header = _header(path)
+    if header.odd:
+        rows, kind = read_raster(path, header)
+        rows = _turn(header)(rows)
+        if kind.is_white_zero:
+            rows = rows.dtype.type(2**kind.bits - 1) - rows
+    else:
+        with _open(path) as image:
+            rows, kind, _ = _samples(_decoded(image, path, header), header, raw=True)
+    if "alpha" in kind.names:
+        alpha = list(kind.names).index("alpha")
+        _check_alpha(np.delete(rows, alpha, 0), rows[alpha], path)
+        rows = np.delete(rows, alpha, 0)
+    if kind.palette is not None:
+        return _of_palette(rows[0].astype(np.uint8, copy=False), kind.palette, colors, path)
+    if len(rows) == 3 and colors is not None and rows.dtype == np.uint8:
+        return _indices(np.ascontiguousarray(rows.transpose(1, 2, 0)), colors, path)
+    if len(rows) > 1 and not (rows == rows[:1]).all():
+        raise _coloured(rows, kind, path)
+    return _as_bytes(rows[0], kind, path)
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether a file's values carry the noise of JPEG or the like, whatever its name is."""
+    try:
+        return header_of(path).is_lossy
+    except OSError:  # gone since it was read
+        return path.suffix.lower() in (".jpg", ".jpeg")
+
+
+def _header(path: Path) -> Header:
+    """Return the header of a file.
+
+    Raises:
+        UserError: it is gone, or cannot be read rightly by anybody here.
+    """
+    try:
+        header = header_of(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is gone") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if header.kind != OTHER:
+        _checked(header, path)
+    return header
+
+
+def _checked(header: Header, path: Path) -> Header:
+    if header.width * header.height > MAX_PIXELS:
+        raise _too_large(path, header.width, header.height)
+    if header.fault:
         raise UserError(
-            f"{path}: a label of {decoded.mode} pixels up to {values.max()}; save 8 bits"
+            f"{path}: has {header.fault}, which cannot be read rightly; save one RGB or grey "
+            "image of 8 or 16 bits"
         )
+    return header
+
+
+def _too_large(path: Path, width: int, height: int) -> UserError:
+    return UserError(
+        f"{path}: {width} x {height} pixels are too many to decode at once; cut it into tiles"
+    )
 
 
 def _open(path: Path) -> Image.Image:
@@ -112,17 +265,19 @@ def _open(path: Path) -> Image.Image:
     except Exception as error:
         raise _unreadable(path, error) from None
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height}"
         image.close()
-        raise UserError(f"{path}: {size} pixels are too many to decode at once; cut it into tiles")
+        raise _too_large(path, *image.size)
     return image
 
 
-def _decoded(image: Image.Image, path: Path) -> Image.Image:
+def _decoded(image: Image.Image, path: Path, header: Header) -> Image.Image:
     try:
+        if header.kind != TIFF and image.format != "MPO" and getattr(image, "is_animated", False):
+            raise UserError(f"{path}: holds several pictures; save the one that is meant")
         image.load()
-        image.info.pop("transparency", None)  # a palette's, which `convert` would warn of
         return ImageOps.exif_transpose(image)
+    except UserError:
+        raise
     except Exception as error:
         # Pillow raises SyntaxError, OSError, ValueError, struct.error, zlib.error, EOFError, ...
         raise _unreadable(path, error) from None
@@ -134,13 +289,124 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
 
 
-def _palette(image: Image.Image) -> Bytes:
-    indices = np.asarray(image)
+def _lacks_bands(header: Header, reading: Reading) -> bool:
+    """Whether Pillow drops a band that is asked for: the fourth of four without a meaning."""
+    last = max([*(reading.bands or ()), reading.alpha or 0])
+    is_dropped = header.kind == TIFF and header.bands == 4 and not header.alpha
+    return is_dropped and header.colors != "CMYK" and last == 4
+
+
+def _samples(image: Image.Image, header: Header, *, raw: bool) -> tuple[NDArray[Any], Kind, Bools]:
+    """Return all samples (n, H, W) of a decoded image, what they are, and where they have data.
+
+    Args:
+        image: decoded and turned.
+        header: of its file.
+        raw: keep palettes and CMYK as stored.
+    """
+    key = image.info.pop("transparency", None)  # a colour, or the alphas of a palette
+    bits = header.bits if header.kind != OTHER else 8
+    if image.mode == "PA" or (image.mode not in _NAMES) or (image.mode == "CMYK" and not raw):
+        image = image.convert("RGBA" if image.mode in ("PA", "RGBa") else "RGB")
+    names, palette = _NAMES[image.mode], None
+    if image.mode == "P":
+        palette = _palette_of(image, key)
+        key = None
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if image.mode == "I;16B":
+        pixels = pixels.astype(np.uint16)
+    rows = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    dtype = {"I": header.dtype, "F": "float32"}.get(image.mode, str(pixels.dtype))
+    valid = np.ones(pixels.shape[:2], dtype=bool)
+    if key is not None and not isinstance(key, bytes):
+        steps = 255 // (2**bits - 1) if bits < 8 else 1  # Pillow gives the key as it is stored
+        keys = np.array(key).reshape(-1, 1, 1) * steps
+        valid = (rows != keys).any(0)
+    if image.mode == "L" and bits in (2, 4):  # Pillow spreads them over 0 to 255
+        return rows // (255 // (2**bits - 1)), Kind(names, dtype, bits), valid
+    return rows, Kind(names, dtype, palette=palette), valid
+
+
+def _palette_of(image: Image.Image, key: object) -> Bytes:
+    """Return the colours (256, 4) of a palette, with alpha."""
     colors = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
-    used = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))[np.unique(indices)]
-    if (used == used[:, :1]).all():
-        return np.asarray(image.convert("L"))
-    return indices
+    table = np.zeros((256, 4), dtype=np.uint8)
+    table[: len(colors), :3] = colors
+    table[:, 3] = 255
+    if isinstance(key, bytes):
+        table[: len(key), 3] = np.frombuffer(key, np.uint8)
+    elif isinstance(key, int) and 0 <= key < 256:
+        table[key, 3] = 0
+    return table
+
+
+def _turn(header: Header) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Return what turns rows (..., H, W) upright that rasterio read; Pillow turns by itself."""
+    return _TURNS.get(header.orientation if header.odd else 1, lambda rows: rows)
+
+
+def _check_alpha(rows: NDArray[Any], alpha: NDArray[Any], path: Path) -> None:
+    """Raise UserError if the alpha channel of a label says more than its colours do.
+
+    It says no more where each colour has one alpha, and what is transparent is black.
+    """
+    if (alpha == alpha.max()).all() and alpha.max() > 0:
+        return
+    pairs = np.concatenate([rows, alpha[None]]).reshape(len(rows) + 1, -1).T
+    found = np.unique(pairs, axis=0)
+    colors = np.unique(found[:, :-1], axis=0)
+    if len(found) > len(colors) or found[found[:, -1] == 0, :-1].any():
+        values = ", ".join(map(str, np.unique(alpha)[:8].tolist()))
+        raise UserError(
+            f"{path}: its alpha channel ({values}) says other than its colours "
+            f"({', '.join(map(str, colors[:4].tolist()))}); save the mask as one channel of class "
+            "values, without alpha"
+        )
+
+
+def _of_palette(
+    indices: Bytes, palette: Bytes, colors: Sequence[Color] | None, path: Path
+) -> Bytes:
+    """Return the grey of a palette whose used colours are grey, else its indices."""
+    if colors is not None:
+        return _indices(palette[indices][..., :3], colors, path)
+    used = palette[np.unique(indices)]
+    if not (used[:, :3] == used[:, :1]).all():
+        return indices
+    grey = palette[indices]
+    if (used[:, 3] != 255).any():
+        _check_alpha(grey[None, ..., 0], grey[..., 3], path)
+    return np.ascontiguousarray(grey[..., 0])
+
+
+def _coloured(rows: NDArray[Any], kind: Kind, path: Path) -> UserError:
+    if kind.names[0] == "cyan":
+        return UserError(f"{path}: a label of CMYK pixels; save one channel of class values")
+    if len(rows) != 3:
+        return UserError(
+            f"{path}: a label of {len(rows)} bands that differ ({', '.join(kind.names)}); save "
+            "the band of class values alone"
+        )
+    found = np.unique(rows.reshape(3, -1).T, axis=0)[:8].tolist()
+    return UserError(
+        f"{path}: a coloured label, with {', '.join(map(str, found))}; "
+        "save it with one channel of class values, or name the colours in classes.json"
+    )
+
+
+def _as_bytes(values: NDArray[Any], kind: Kind, path: Path) -> Bytes:
+    """Return class values of any whole-number type as bytes."""
+    if values.dtype.kind not in "iu":
+        raise UserError(f"{path}: a label of {kind.dtype} pixels; save whole numbers from 0 to 255")
+    if kind.bits == 1 and values.max() <= 1:
+        return values.astype(np.uint8) * 255
+    if values.min() >= 0 and values.max() <= 255:
+        return np.ascontiguousarray(values.astype(np.uint8, copy=False))
+    if kind.dtype == "uint16" and set(np.unique(values).tolist()) <= {0, 65535}:
+        return np.where(values > 0, 255, 0).astype(np.uint8)
+    raise UserError(
+        f"{path}: a label of {kind.dtype} pixels from {values.min()} to {values.max()}; save 8 bits"
+    )
 
 
 def _indices(rgb: Bytes, colors: Sequence[Color], path: Path) -> Bytes:

@@ -8,20 +8,25 @@ such a file, names and values are those of the dataset that a task and a number 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pairs.images import IGNORE, Bytes, Color, read_label
+from pairs.images import IGNORE, Bytes, Color, is_lossy, read_label
 from runtime.errors import UserError
 
 FILE = "classes.json"
 MIN_PIXELS = 10  # of a connected component that counts as an object, unless asked otherwise
 MAX_CLASSES = 250  # of the labels: 255 is "ignore", 254 "unknown"
 _UNKNOWN = 254  # in a lookup table: a value that is no class
+MIN_SOFT = 5  # values between two classes that tell soft edges
+SOFT_EDGES = (
+    "values between them come of soft edges: resize masks with nearest neighbour, or save them "
+    "with a threshold, such as 255 where they are 128 or more"
+)
 MAX_JPEG_DOUBT = 0.01  # share of a label's pixels that may lie between two classes
 
 # LEVIR-MCI, arXiv:2403.19646
@@ -179,7 +184,7 @@ class MaskCoding:
         Raises:
             UserError: a value that is no class.
         """
-        if is_jpeg(path):
+        if is_lossy(path):
             raw = self._snapped(raw, path)
         table = np.full(256, _UNKNOWN, dtype=np.uint8)
         table[IGNORE] = IGNORE
@@ -187,9 +192,10 @@ class MaskCoding:
         classes = table[raw]
         if (classes == _UNKNOWN).any():
             strange = sorted(set(np.unique(raw).tolist()) - set(self.values) - {IGNORE})
+            remedy = f"; {SOFT_EDGES}" if _is_soft(strange, [self.values]) else " (--mask-values)"
             raise UserError(
                 f"{path}: values {strange[:8]} are no class; expected "
-                f"{', '.join(map(str, self.values))} (--mask-values)"
+                f"{', '.join(map(str, self.values))}{remedy}"
             )
         return classes
 
@@ -200,7 +206,7 @@ class MaskCoding:
         is_far = distance.min(1) > np.diff(np.sort(values)).min() / 4
         if is_far[raw].mean() > MAX_JPEG_DOUBT:
             raise UserError(
-                f"{path}: a JPEG label whose values do not gather around "
+                f"{path}: {_lossy(path)} whose values do not gather around "
                 f"{', '.join(map(str, self.values))} (--mask-values); save labels as PNG"
             )
         return values[distance.argmin(1)].astype(np.uint8)[raw]
@@ -245,16 +251,13 @@ def choose_mask_coding(
     remedy = "give the value of class 0, 1, ... as --mask-values"
     if num_labels == 2 and found <= {0, 128, 255}:
         remedy = "--num-classes 3 reads them as none, road, building"
+    elif _is_soft(strange, known):
+        remedy = SOFT_EDGES
     raise UserError(
         f"labels hold the values {_listed(sorted(found))}; "
         f"expected {' or '.join(','.join(map(str, k)) for k in known)} "
         f"for --num-classes {classes.num_classes}{f' (see {files})' if files else ''}; {remedy}"
     )
-
-
-def is_jpeg(path: Path) -> bool:
-    """Whether a label of this name carries JPEG's noise."""
-    return path.suffix.lower() in (".jpg", ".jpeg")
 
 
 def label_values(raw: Bytes, path: Path) -> set[int]:
@@ -263,14 +266,27 @@ def label_values(raw: Bytes, path: Path) -> set[int]:
     Raises:
         UserError: a JPEG whose classes lie closer together than its noise.
     """
-    if not is_jpeg(path):
+    if not is_lossy(path):
         return set(np.unique(raw).tolist())
     if 0 < raw.max() < 100:
         raise UserError(
-            f"{path}: a JPEG label with values up to {raw.max()} only: its noise hides the "
+            f"{path}: {_lossy(path)} with values up to {raw.max()} only: its noise hides the "
             "classes; save labels as PNG"
         )
     return set()
+
+
+def _is_soft(strange: Sequence[int], known: Sequence[Sequence[int]]) -> bool:
+    """Whether values lie between two classes, as smoothing leaves them, and are no classes."""
+    two = len(known[0]) == 2 and max(max(values) for values in known) == 255
+    return two and len(strange) >= MIN_SOFT and min(strange) > 0 and max(strange) < 255
+
+
+def _lossy(path: Path) -> str:
+    is_named_so = path.suffix.lower() in (".jpg", ".jpeg")
+    return (
+        "a JPEG label" if is_named_so else f"a lossy label (its bytes are no {path.suffix[1:]}'s)"
+    )
 
 
 def _listed(values: list[int]) -> str:

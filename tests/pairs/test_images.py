@@ -247,8 +247,8 @@ def test_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
     ("image", "said"),
     [
         (Image.fromarray(np.dstack([PLAIN, PLAIN // 2, PLAIN])), "coloured.*255, 127, 255"),
-        (Image.fromarray(PLAIN.astype(np.uint16) * 4), "up to 1020"),
-        (Image.fromarray(PLAIN.astype(np.float32)), "F pixels"),
+        (Image.fromarray(PLAIN.astype(np.uint16) * 4), "uint16 pixels from 0 to 1020"),
+        (Image.fromarray(PLAIN.astype(np.float32)), "float32 pixels"),
         (Image.fromarray(PLAIN).convert("CMYK"), "CMYK pixels"),
     ],
 )

@@ -1,0 +1,68 @@
+"""Which values of a whole set of images become 0 and 255, where they have more than 8 bits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pairs.bands import PERCENTILES, Reading, filling
+from pairs.headers import header_of
+from pairs.images import read_sample
+from runtime.errors import UserError
+
+MAX_FILES = 500  # that percentiles are taken from, spread over the set
+MAX_VALUES = 20_000  # of each band of a file
+
+
+def choose_scale(paths: Sequence[Path], asked: Reading, whose: str) -> tuple[Reading, list[str]]:
+    """Return how the images of a set are read, and lines for the user.
+
+    Args:
+        paths: of the images.
+        asked: what the options or the checkpoint say; a scale in it stays.
+        whose: the images are, in words: "the train split".
+
+    Raises:
+        UserError: some files have 8 bits and others more, or one cannot be read.
+    """
+    if asked.scale is not None:
+        low, high = asked.scale
+        return asked, [f"scale   {low:g} becomes 0, {high:g} becomes 255"]
+    depths = {path: _depth(path) for path in paths}
+    found = Counter(depths.values())
+    if set(found) <= {"uint8"}:
+        return asked, []
+    if "uint8" in found:
+        first = {depth: path for path, depth in reversed(depths.items())}
+        raise UserError(
+            f"{', '.join(f'{path} has {depth}' for depth, path in first.items())} pixels: no scale "
+            "fits both; save all alike, or give --scale LOW,HIGH"
+        )
+    step = -(-len(paths) // MAX_FILES)
+    samples = [_thin(read_sample(path, asked)) for path in paths[::step]]
+    values = np.concatenate(samples, axis=None)
+    if not values.size:
+        raise UserError(f"{paths[0].parent}: the images have no data at all; give --scale LOW,HIGH")
+    low, high = (float(f"{limit:.6g}") for limit in np.percentile(values, PERCENTILES))
+    if low >= high:
+        raise UserError(f"{paths[0].parent}: nearly all values are {low:g}; give --scale LOW,HIGH")
+    lines = [
+        f"scale   {', '.join(sorted(found))}: {low:g} becomes 0, {high:g} becomes 255, the "
+        f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of {whose}; --scale sets others"
+    ]
+    warnings = [line for path, found in zip(paths[::step], samples, strict=True)
+                for band in found for line in filling(path, band)]  # fmt: skip
+    return replace(asked, scale=(low, high)), lines + [f"warning: {w}" for w in warnings[:1]]
+
+
+def _depth(path: Path) -> str:
+    try:
+        return header_of(path).dtype
+    except OSError:  # gone: whoever reads it says so
+        return "uint8"
+
+
+def _thin(values: np.ndarray) -> np.ndarray:
+    return values[:, :: max(1, values.shape[1] // MAX_VALUES)]

@@ -5,7 +5,7 @@
     3-classes    A, B, label             0, 128, 255: none, road, building, as LEVIR-MCI's
     semantic     im1, im2, label1, label2    SECOND's colours, and a classes.json
 
-The pictures are those of `sample_scene.py`, the same for every kind.
+The pictures are those of `paint.py`, the same for every kind.
 """
 
 import json
@@ -23,7 +23,9 @@ import numpy as np
 from PIL import Image
 
 from pairs import labels as classes
-from pairs.synthetic.scene import PAD, Draw, Image8, draw_land, draw_mask, expose, paint, plan
+from pairs.synthetic.paint import draw_land, draw_mask, expose, paint
+from pairs.synthetic.plan import plan
+from pairs.synthetic.scene import PAD, Draw, Image8
 from runtime.errors import UserError
 
 SPLITS = {"train": 40, "val": 16, "test": 16}

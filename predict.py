@@ -38,8 +38,9 @@ class Config:
 
     # what goes in
     align: bool = option(False, "resample the later date onto the grid of the earlier one")
-    bands: tuple[int, ...] | None = option(None, "red, green and blue of both dates, counted from 1: 4,3,2; or one")  # noqa: E501
-    scale: tuple[float, ...] | None = option(None, "values of both dates that become 0 and 255; else 8 bits as they are, others between the percentiles of each date")  # noqa: E501
+    bands: tuple[int, ...] | None = option(None, "red, green and blue of both dates, counted from 1: 4,3,2; or one; else as in training")  # noqa: E501
+    scale: tuple[float, ...] | None = option(None, "values of both dates that become 0 and 255; else as in training, else 8 bits as they are, others between the percentiles of each date")  # noqa: E501
+    alpha: int | None = option(None, "the band that is 0 where there is no data; else as in training, else, without --bands, the one that the file calls so", above=0)  # noqa: E501
 
     # windows
     window: int = option(512, "side of the windows that the model sees", above=0)
@@ -56,7 +57,6 @@ class Config:
 if __name__ == "__main__":  # before the imports below, which take seconds
     GIVEN = cli.parse(Config, description=__doc__)
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -66,6 +66,7 @@ from mapping.rasters import Scene, ScenePair, find_scenes, open_scene
 from metrics import change_probability
 from model import restore_model
 from networks.sliding_window import Image, predict_bands, predict_logits
+from pairs.bands import Reading
 from runtime.checkpoint import read_checkpoint
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
@@ -89,10 +90,13 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
     """
     config = Config(**given)
     check(config)
-    state = read_checkpoint(Path(config.checkpoint))
+    path = Path(config.checkpoint)
+    state = read_checkpoint(path)
+    reading = reading_of(config).over(Reading.saved(state["data"], path))
+    config = replace(config, **vars(reading))
     device = pick_device(config.device, local_rank())
     keep_freed_memory()
-    model = restore_model(state, Path(config.checkpoint)).to(device).eval()
+    model = restore_model(state, path).to(device).eval()
     kinds = Kinds.of(model.task, model.num_classes, state["data"])
     config, scenes = from_rank_0(lambda: prepare(config, kinds))
     results: list[Mapped] = []
@@ -160,12 +164,12 @@ def check(config: Config) -> None:
     """Raise UserError for options that do not go together."""
     if config.overlap >= config.window:
         raise UserError(f"--overlap {config.overlap}: give less than --window {config.window}")
-    if config.scale is not None and not (
-        len(config.scale) == 2 and np.isfinite(config.scale).all() and np.diff(config.scale) > 0
-    ):
-        raise UserError(
-            f"--scale {','.join(f'{x:g}' for x in config.scale)}: give two numbers, the lower first"
-        )
+    reading_of(config)
+
+
+def reading_of(config: Config) -> Reading:
+    """Return how the files are read; raise UserError for options that make no sense."""
+    return Reading.asked(config.bands, config.scale, config.alpha)
 
 
 def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
@@ -239,7 +243,7 @@ def predict_pair(
     start = time.perf_counter()
     with (
         open_scene(
-            pair.before, pair.after, bands=config.bands, scale=config.scale, align=config.align
+            pair.before, pair.after, reading=reading_of(config), align=config.align
         ) as scene,
         closing(_bands(model, scene, pair.name, config, leave_if_asked, shared)) as bands,
     ):

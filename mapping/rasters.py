@@ -10,9 +10,7 @@ extra (requirements-geo.txt) and is imported where a file needs it.
 """
 
 import importlib.util
-import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pairs.images import MAX_PIXELS, read_image, read_size
+from pairs.bands import AS_STORED, Reading
+from pairs.gdal import RasterBands, open_raster
+from pairs.headers import OTHER, Header, header_of
+from pairs.images import FORMATS, MAX_PIXELS, ORIENTATION, read_pixels, read_size
 from runtime.errors import UserError
 
 # Rasters have any ending; these are looked for in folders
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".jp2", ".vrt", ".img"}
 MAX_PLAIN = 2**24  # pixels of an image that is rather decoded whole: 4,096 x 4,096
-PERCENTILES = (2, 98)  # that become 0 and 255 where more than 8 bits come without --scale
-_SAMPLE_SIDE = 1024  # of the thinned-out image that percentiles are taken from
-_GEO_TAGS = {33550, 33922, 34264, 34735}  # pixel scale, tie points, transform, keys
 _MAX_SHIFT = 0.05  # pixels between two grids that count as one
 
 Bytes = NDArray[np.uint8]
@@ -84,19 +82,25 @@ def place(transform: Any, x: Any, y: Any) -> NDArray[np.float64]:
 
 
 class PlainImage:
-    """An image without coordinates, decoded whole."""
+    """An image without coordinates, decoded whole.
 
-    note = ""
+    Args:
+        path: of the file.
+        reading: how its bands become RGB bytes.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reading: Reading) -> None:
         self.path = path
-        self.pixels = read_image(path).copy()  # Pillow's memory may not be written to
-        self.grid = Grid(*self.pixels.shape[:2])
+        found = read_pixels(path, reading, stretch=True)
+        self.pixels = found.rgb.transpose(2, 0, 1).copy()  # Pillow's memory may not be written to
+        self.grid = Grid(*self.pixels.shape[1:])
+        self.valid = np.ones(self.pixels.shape[1:], bool) if found.valid is None else found.valid
+        self.bands = found.bands
+        self.notes = _notes(path, found.stretched, found.remarks)
 
     def read(self, top: int, bottom: int) -> tuple[Bytes, Bools]:
-        """Return rows (3, n, W) and where they have data: everywhere."""
-        rows = self.pixels[top:bottom]
-        return rows.transpose(2, 0, 1), np.ones(rows.shape[:2], dtype=bool)
+        """Return rows (3, n, W) and where they have data (n, W)."""
+        return self.pixels[:, top:bottom], self.valid[top:bottom]
 
 
 class Raster:
@@ -105,81 +109,40 @@ class Raster:
     Args:
         path: named in errors.
         source: an open rasterio dataset.
-        bands: red, green and blue counted from 1, or one band for all; None takes what the file
-            calls so.
-        scale: the values that become 0 and 255; None keeps 8 bits and stretches others between
-            percentiles of each band.
+        reading: how its bands become RGB bytes; without a scale, what has more than 8 bits is
+            stretched between percentiles of each band.
 
     Raises:
         UserError: it does not tell which bands are red, green and blue, or has no such band.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        source: Any,
-        bands: Sequence[int] | None,
-        scale: Sequence[float] | None,
-    ) -> None:
+    def __init__(self, path: Path, source: Any, reading: Reading) -> None:
         self.path = path
         self.source = source
-        self.bands = _choose_bands(path, source, bands)
-        self.palette = _palette_of(source) if bands is None and len(set(self.bands)) == 1 else None
         self.grid = _grid_of(source)
-        self.low, self.high = np.zeros((3, 1, 1)), np.full((3, 1, 1), 255.0)
-        self.note = ""
-        kinds = {source.dtypes[b - 1] for b in self.bands}
-        self.is_scaled = scale is not None or kinds != {"uint8"}
-        if any(kind.startswith("complex") for kind in kinds):
-            raise UserError(f"{path}: has complex numbers; give their magnitude")
-        if scale is not None:
-            self.low[:], self.high[:] = scale
-        elif self.is_scaled:
-            self._stretch(", ".join(sorted(kinds)))
-
-    def _stretch(self, kind: str) -> None:
-        """Take the percentiles of each band from a thinned-out image."""
-        factor = max(1.0, max(self.source.shape) / _SAMPLE_SIDE)
-        shape = [max(1, int(side / factor)) for side in self.source.shape]
-        try:
-            sample = self.source.read(self.bands, out_shape=(3, *shape), masked=True)
-        except OSError as error:
-            raise _unreadable(self.path, error) from None
-        values = sample.astype(np.float64).filled(np.nan)
-        if not np.isfinite(values).any((1, 2)).all():
-            raise UserError(f"{self.path}: a band has no data at all")
-        values[~np.isfinite(values)] = np.nan
-        low, high = np.nanpercentile(values, PERCENTILES, axis=(1, 2), keepdims=True)
-        self.low, self.high = low, np.maximum(high, low + 1e-6 * np.maximum(np.abs(low), 1))
-        ranges = ", ".join(
-            f"{a:.5g} to {b:.5g}" for a, b in zip(self.low.flat, self.high.flat, strict=True)
-        )
-        self.note = (
-            f"{self.path}: {kind} becomes 8 bits between the percentiles {PERCENTILES[0]} and "
-            f"{PERCENTILES[1]} of each band ({ranges}); --scale LOW,HIGH fixes it"
-        )
+        header = header_of(path) if path.is_file() else Header()
+        if header.fault:
+            raise UserError(f"{path}: has {header.fault}, which cannot be read rightly")
+        self._raster = RasterBands(path, source, reading, header)
+        rendering = self._raster.rendering
+        thin = self._raster.thinned() if rendering.alpha or rendering.is_open else None
+        if thin is not None:
+            rendering.look(thin[0])
+        stretched = rendering.fit(*thin) if thin is not None and rendering.is_open else ""
+        self.palette = rendering.palette
+        self.bands = rendering.describe()
+        self.notes = _notes(path, stretched, rendering.remarks)
 
     def read(self, top: int, bottom: int) -> tuple[Bytes, Bools]:
         """Return rows (3, n, W) and where they have data (n, W)."""
-        window = ((top, bottom), (0, self.grid.width))
-        distinct = list(dict.fromkeys(self.bands))  # a grey band is read once
-        order = [distinct.index(b) for b in self.bands]
-        try:
-            rows = self.source.read(distinct, window=window)
-            valid = self.source.read_masks(distinct, window=window).any(0)
-        except OSError as error:
-            raise _unreadable(self.path, error) from None
-        if rows.dtype.kind == "f":
-            valid &= np.isfinite(rows).all(0)
-            rows = np.where(valid, rows, 0)
-        if self.palette is not None:
-            return self.palette[rows[0]].transpose(2, 0, 1), valid
-        rows = rows[order]
-        if not self.is_scaled:
-            return rows, valid
-        factor = (255 / (self.high - self.low)).astype(np.float32)
-        scaled = (rows.astype(np.float32) - self.low.astype(np.float32)) * factor
-        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8), valid
+        self._raster.source = self.source
+        return self._raster.read(((top, bottom), (0, self.grid.width)))
+
+
+def _notes(path: Path, stretched: str, remarks: Iterable[str]) -> list[str]:
+    """Return what the user should know of how a file is read."""
+    notes = [f"warning: {remark}" for remark in remarks]
+    return notes + [f"{path}: {stretched}; --scale LOW,HIGH fixes it"] * bool(stretched)
 
 
 class Scene:
@@ -195,7 +158,8 @@ class Scene:
         self.before, self.after = before, after
         self.grid = before.grid
         self.is_plain = isinstance(before, PlainImage) and isinstance(after, PlainImage)
-        self.notes = [date.note for date in (before, after) if date.note]
+        self.notes = [f"bands   {line}" for line in _bands_in_use(before, after)]
+        self.notes += [note for date in (before, after) for note in date.notes]
         if self.grid.transform is not None and not self.grid.has_place:
             self.notes.append(f"{before.path}: has no CRS of the Earth, so there are no polygons")
         self._top, self._strip = 0, self._nothing()
@@ -222,13 +186,19 @@ class Scene:
         return before[:, first:last], after[:, first:last], valid[first:last]
 
 
+def _bands_in_use(before: PlainImage | Raster, after: PlainImage | Raster) -> list[str]:
+    """Return one line for both dates where they are alike."""
+    if before.bands == after.bands:
+        return [before.bands]
+    return [f"{date.path}: {date.bands}" for date in (before, after)]
+
+
 @contextmanager
 def open_scene(
     before: Path,
     after: Path,
     *,
-    bands: Sequence[int] | None = None,
-    scale: Sequence[float] | None = None,
+    reading: Reading = AS_STORED,
     align: bool = False,
 ) -> Iterator[Scene]:
     """Open both dates; they stay open until the `with` ends.
@@ -236,8 +206,7 @@ def open_scene(
     Args:
         before: the earlier date, whose grid is the scene's.
         after: the later date.
-        bands: red, green and blue counted from 1, or one band.
-        scale: (low, high), the values that become 0 and 255.
+        reading: how the bands of both become RGB bytes.
         align: resample the later date onto the grid of the earlier one, bilinearly.
 
     Raises:
@@ -245,8 +214,8 @@ def open_scene(
             not installed.
     """
     with ExitStack() as stack:
-        first = _open(before, stack, bands, scale)
-        second = _open(after, stack, bands, scale)
+        first = _open(before, stack, reading)
+        second = _open(after, stack, reading)
         if not first.grid.matches(second.grid):
             second = _aligned(first, second, stack, align)
         yield Scene(first, second)
@@ -262,39 +231,17 @@ def check_readable(*paths: Path) -> None:
         _check_there(path)
         if reason := _why_raster(path):
             with ExitStack() as stack:
-                _open_raster(path, reason, stack)
+                open_raster(path, reason, stack, AS_STORED)
         else:
             read_size(path)
 
 
-def import_rasterio(path: Path, reason: str) -> Any:
-    """Return rasterio.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    # GDAL keeps decoded blocks in 5 % of the machine's memory; two strips need far less
-    os.environ.setdefault("GDAL_CACHEMAX", "256")
-    try:
-        import rasterio
-    except ImportError:
-        raise UserError(
-            f"{path}: {reason}, which needs rasterio: pip install -r requirements-geo.txt"
-        ) from None
-    return rasterio
-
-
-def _open(
-    path: Path,
-    stack: ExitStack,
-    bands: Sequence[int] | None,
-    scale: Sequence[float] | None,
-) -> PlainImage | Raster:
+def _open(path: Path, stack: ExitStack, reading: Reading) -> PlainImage | Raster:
     _check_there(path)
-    reason = "--bands" if bands else "--scale" if scale else _why_raster(path)
+    reason = _why_raster(path)
     if not reason:
-        return PlainImage(path)
-    return Raster(path, _open_raster(path, reason, stack), bands, scale)
+        return PlainImage(path, reading)
+    return Raster(path, open_raster(path, reason, stack, reading), reading)
 
 
 def _check_there(path: Path) -> None:
@@ -302,78 +249,42 @@ def _check_there(path: Path) -> None:
         raise UserError(f"{path}: no such file")
 
 
-def _open_raster(path: Path, reason: str, stack: ExitStack) -> Any:
-    """Return a rasterio dataset, open until the `with` of the stack ends."""
-    rasterio = import_rasterio(path, reason)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            source = stack.enter_context(rasterio.open(path))
-    except rasterio.errors.RasterioError as error:
-        raise UserError(f"{path}: cannot be opened ({str(error).splitlines()[0]})") from None
-    if not source.count:
-        raise UserError(f"{path}: holds several rasters; name one of {source.subdatasets[:3]}")
-    return source
-
-
 def _why_raster(path: Path) -> str:
-    """Return why a file has to go through GDAL, or "" if Pillow reads it whole."""
+    """Return why a file has to be read by strips through GDAL, or "" if it is read whole."""
     if path.suffix.lower() not in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}:
         return f"a {path.suffix or 'raster'} file"
-    try:
-        with Image.open(path) as image:
-            tags = getattr(image, "tag_v2", {})
-            num_pixels, mode = image.width * image.height, image.mode
-    except Image.DecompressionBombError:
-        return f"more than {2 * MAX_PIXELS / 1e6:.0f} megapixels"
-    except Exception:
-        # many bands, or floats in tiles: GDAL knows more TIFFs; else image_io says what is wrong
-        return "a kind of TIFF" if path.suffix.lower() in {".tif", ".tiff"} else ""
-    if _GEO_TAGS & set(tags):
+    header = header_of(path)
+    if header.is_placed and header.orientation != 1:
+        raise UserError(
+            f"{path}: a GeoTIFF that its orientation tag ({header.orientation}) turns; save it "
+            "upright"
+        )
+    if header.is_placed:
         return "a GeoTIFF"
-    if mode not in ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr"):
-        return f"{mode} pixels"
+    height, width = header.size
+    turned = header.orientation != 1
+    if header.kind == OTHER:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                turned = image.getexif().get(ORIENTATION, 1) != 1
+                if image.mode not in ("RGB", "L"):
+                    return ""
+        except Image.DecompressionBombError:
+            return f"more than {2 * MAX_PIXELS / 1e6:.0f} megapixels"
+        except Exception:
+            return ""  # read_pixels says what is wrong
+    num_pixels = height * width
+    if turned and num_pixels <= MAX_PIXELS:
+        return ""
+    if turned:
+        raise UserError(
+            f"{path}: {num_pixels / 1e6:.0f} megapixels that EXIF turns; save it upright"
+        )
     if num_pixels > MAX_PIXELS:
         return f"{num_pixels / 1e6:.0f} megapixels"
-    is_large = num_pixels > MAX_PLAIN and mode in ("RGB", "RGBA", "L", "P")
+    is_large = num_pixels > MAX_PLAIN and not header.fault
     return "a large image" if is_large and importlib.util.find_spec("rasterio") else ""
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    """Rasterio's errors of reading are OSErrors without a file; GDAL's reason is their cause."""
-    reason = str(error.__cause__ or error).splitlines()[0]
-    return UserError(f"{path}: cannot be read ({reason}); replace it")
-
-
-def _choose_bands(path: Path, source: Any, asked: Sequence[int] | None) -> list[int]:
-    count = source.count
-    if asked is not None:
-        if len(asked) not in (1, 3) or not all(1 <= band <= count for band in asked):
-            raise UserError(
-                f"--bands {','.join(map(str, asked))}: give one or three numbers from 1 to "
-                f"{count}, the bands of {path}"
-            )
-        return list(asked) * (3 // len(asked))
-    meaning = [interpretation.name for interpretation in source.colorinterp]
-    if {"red", "green", "blue"} <= set(meaning):
-        return [1 + meaning.index(color) for color in ("red", "green", "blue")]
-    colors = [1 + i for i, name in enumerate(meaning) if name != "alpha"]
-    if len(colors) not in (1, 3):
-        raise UserError(
-            f"{path}: has {count} bands ({', '.join(meaning)}); say which are red, green and "
-            f"blue, such as --bands {','.join(map(str, range(min(3, count), 0, -1)))}"
-        )
-    return colors * (3 // len(colors))
-
-
-def _palette_of(source: Any) -> Bytes | None:
-    """Return the colours (256, 3) of a raster with a palette."""
-    if source.colorinterp[0].name != "palette":
-        return None
-    table = np.zeros((256, 3), dtype=np.uint8)
-    for value, color in source.colormap(1).items():
-        table[value] = color[:3]
-    return table
 
 
 def _grid_of(source: Any) -> Grid:
@@ -426,9 +337,7 @@ def _aligned(
             add_alpha=source.nodata is None and not has_alpha,
         )
     )
-    second.note = "\n".join(
-        [*([second.note] if second.note else []), f"{second.path}: resampled, from {second.grid}"]
-    )
+    second.notes.append(f"{second.path}: resampled, from {second.grid}")
     second.source, second.grid = warped, grid
     return second
 

@@ -177,16 +177,16 @@ class Rendering:
             )
 
     def describe(self) -> str:
-        """Return the bands in words: "bands 1,2,3 of 4 (uint8), alpha 4"."""
+        """Return the bands in words: "1,2,3 of 4 (uint8), alpha 4"."""
         depth = self.kind.dtype if self.kind.bits >= 8 else f"{self.kind.bits} bits"
         if self.palette is not None:
-            return f"band 1 ({depth}), through its palette"
+            return f"1 of 1 ({depth}), through its palette"
         few, alpha = set(self.colors), f", alpha {self.alpha}" if self.alpha else ""
-        which = f"bands {','.join(map(str, self.colors))}" if len(few) > 1 else f"band {min(few)}"
+        which = ",".join(map(str, self.colors if len(few) > 1 else few))
         return f"{which} of {len(self.kind.names)} ({depth}){alpha}"
 
     def fit(self, rows: NDArray[Any], valid: Bools) -> str:
-        """Take the percentiles of each band as the range, and return them in words.
+        """Take the percentiles of each band as the range, and say so.
 
         Args:
             rows: (n, h, w) of the needed bands, thinned out.
@@ -206,7 +206,11 @@ class Rendering:
         self.remarks = list(dict.fromkeys(self.remarks))
         self._take(low, high)
         limits = [f"{a:.5g} to {b:.5g}" for a, b in zip(low, high, strict=True)]
-        return ", ".join(limits if len(set(self.colors)) > 1 else limits[:1])
+        return (
+            f"{self.kind.dtype} becomes 8 bits between the percentiles {PERCENTILES[0]} and "
+            f"{PERCENTILES[1]} of each band "
+            f"({', '.join(limits if len(set(self.colors)) > 1 else limits[:1])})"
+        )
 
     def values(self, rows: NDArray[Any], valid: Bools) -> NDArray[np.float64]:
         """Return the three colours (3, N) where they have data."""

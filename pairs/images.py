@@ -32,7 +32,7 @@ IGNORE = 255  # the class index of pixels that do not count
 MAX_PIXELS = 2**27
 # Pillow goes by the content, not by the name, and would hand an EPS called .png to Ghostscript
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 _SAMPLE_SIDE = 1024  # of a thinned-out image
 _NAMES = {
     "1": ("gray",), "L": ("gray",), "I;16": ("gray",), "I;16B": ("gray",), "I": ("gray",),
@@ -93,7 +93,7 @@ def read_size(path: Path) -> tuple[int, int]:
             else:
                 may_turn = True
             # Pillow decodes a whole PNG in search of EXIF behind its pixels
-            turned = may_turn and image.getexif().get(_ORIENTATION) in QUARTER_TURNS
+            turned = may_turn and image.getexif().get(ORIENTATION) in QUARTER_TURNS
         except Exception as error:
             raise _unreadable(path, error) from None
     return (width, height) if turned else (height, width)

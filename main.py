@@ -6,9 +6,7 @@ processes share each batch: `torchrun --standalone --nproc-per-node 2 main.py`.
 """
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +80,9 @@ from model import build_model, check_names, count_parameters
 from networks.encoders import TIMM
 from networks.weights import check_source, load_weights
 from pairs.download import fetch_dataset
-from pairs.labels import MaskCoding, choose_classes
+from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import choose_data, is_sample
-from runtime.checkpoint import restore, versions
 from runtime.devices import (
     Precision,
     describe,
@@ -95,43 +92,26 @@ from runtime.devices import (
     pick_precision,
 )
 from runtime.distributed import (
-    agree,
     from_rank_0,
     in_turn,
-    is_restarted,
-    launch_id,
     local_rank,
     parallel,
-    rank,
     run,
     world_size,
 )
-from runtime.errors import DataFault, Interrupted, StopRequest, UserError
-from runtime.files import write_json
 from runtime.sync_batch_norm import synchronize
-from runtime.tracking import Tracker
 from training.catalogue import catalogue
 from training.engine import (
     Learner,
     Progress,
     build_optimizer,
-    check_finite,
     evaluate,
     learn_epoch,
     warmup_cosine,
 )
 from training.recipe import recipe_without_weights
-from training.recorder import PICTURE, Recorder, SaveEvery
-from training.run_folder import (
-    OPTIONS,
-    check_name,
-    claimed,
-    find_checkpoint,
-    find_launch,
-    new_run_folder,
-    read_options,
-    sweep,
-)
+from training.results import Results
+from training.run import Run, SaveEvery, open_run
 from training.splits import Data, open_data
 
 
@@ -145,170 +125,36 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend.
         Interrupted: by a signal, after saving.
     """
-    with ExitStack() as held:  # the lock of the run's folder, from before it is read
-        config, last, state = from_rank_0(lambda: choose_options(given, held))
-        return train_run(given, config, last, state, held)
+    with ExitStack() as stack:
+        run = open_run(Config, given, ROOT / "runs", stack, check_options)
+        device = pick_device(run.config.device, local_rank())
+        amp = pick_precision(run.config.amp, device)
+        keep_freed_memory()
+        data = open_splits(run, given, device)
+        learner = build(run.config, run.state, device, amp, data)
+        run.start(learner, data)
+        print(describe_run(run, learner, data, amp), flush=True)
+        tracker = stack.enter_context(run.open_tracker(data, ROOT))
+        results = Results(run, tracker, data, ROOT / "images")
+        if run.is_new:  # from here on there is always a checkpoint, and room for the next
+            run.save(learner)
+        fit(run, learner, data, results)
+        results.finish(learner)
+    print(results.summary(ROOT))
+    return run.best
 
 
-def train_run(
-    given: dict[str, Any],
-    config: Config,
-    last: Path | None,
-    state: dict[str, Any] | None,
-    held: ExitStack,
-) -> dict[str, float]:
-    """Train as `train` says, with what `choose_options` returned."""
-    device = pick_device(config.device, local_rank())
-    amp = pick_precision(config.amp, device)
-    keep_freed_memory()
-
-    with in_turn():
-        if config.download:
-            folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
-            config = replace(config, data_dir=str(folder), download=False)
-        root = config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes)
-        layout = find_pairs(root, config.task)
-    on_sample = is_sample(layout.root)
-    if on_sample and not state and config.weights == "imagenet" and "weights" not in given:
-        recipe = from_rank_0(lambda: recipe_without_weights(config.backbone, given))
-        config = replace(config, **recipe)
-    classes = choose_classes(
-        layout.root,
-        task=config.task,
-        num_classes=config.num_classes,
-        mask_values=config.mask_values,
-    )
-    config = replace(config, num_classes=classes.num_classes)
-    with in_turn():
-        data = open_data(
-            layout,
-            classes,
-            cache=config.cache,
-            cache_dir=ROOT / "data" / "cache",
-            crop_size=config.crop_size,
-            batch_size=config.batch_size,
-            accumulate=config.accumulate,
-            workers=config.workers,
-            seed=config.seed,
-            device=device,
-        )
-    learner = build(config, state, device, amp, data)
-    progress = learner.progress
-    confusion = data.confusion(device)
-    best: dict[str, Any] = {"epoch": 0, "change_iou": -1.0, confusion.headline: -1.0}
-
-    # ---- the run's folder, or the point where it stopped
-    if last and state:
-        if state["data"]["fingerprint"] != data.checked.fingerprint:
-            raise UserError(
-                f"{last}: was trained on other images or labels than {layout.root} holds now; give "
-                "their folder by --data-dir, or begin a new run without --resume"
-            )
-        check_classes(state["data"], data.checked.coding, last)
-        restore(learner.parts(), state, last)
-        best = {**best, **state["best"]}
-        if progress.epoch >= config.epochs:
-            raise UserError(f"{last}: all {config.epochs} epochs are done; --epochs N adds more")
-    run_dir = from_rank_0(lambda: open_run(config, last, held))
-    learning, total = count_parameters(learner.model)
-    print(
-        f"model   {config.backbone}, {config.fusion}: {learning / 1e6:.1f} M of "
-        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
-        f"device  {describe(device)}, {amp if learner.precision.dtype else 'float32'}, "
-        f"{data.train.num_workers} workers"
-        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
-        f"run     {run_dir}",
-        flush=True,
-    )
-    set_name = "synthetic sample" if on_sample else layout.root.name
-    options = cli.as_dict(config)
-    tracker = None
-    if rank() == 0:
-        tracker = Tracker(
-            run_dir,
-            config=options,
-            tags={"dataset": set_name, "weights": learner.weights},
-            store=ROOT,
-            use_mlflow=config.mlflow,
-            first_step=progress.epoch + 1 if last else 0,
-            mlflow_run_id=state.get("mlflow_run_id") if state else None,
-        )
-    about = {
-        "model_kwargs": learner.model_kwargs,
-        "config": options,
-        "weights": learner.weights,
-        "data": data.about(),
-    }
-    recorder = Recorder(
-        run_dir,
-        tracker,
-        about=about,
-        val_set=data.val.dataset,
-        picture=ROOT / "images" / PICTURE,
-        is_sample=on_sample,
-    )
-    with StopRequest(is_silent=rank() > 0) as stop, recorder:
-        recorder.log_datasets(
-            set_name,
-            digest=data.checked.fingerprint,
-            source=str(layout.root),
-            num_pairs={split: found.pairs for split, found in data.checked.splits.items()},
-        )
-        if not state:  # from here on there is always a checkpoint, and room for the next
-            recorder.save("last.pt", learner.parts(), best)
-        best = fit(config, learner, data, recorder, best, stop)
-        recorder.finish(device, best, config.epochs)
-    print(recorder.summary(best, store=ROOT))
-    return best
-
-
-def fit(
-    config: Config,
-    learner: Learner,
-    data: Data,
-    recorder: Recorder,
-    best: dict[str, Any],
-    stop: StopRequest,
-) -> dict[str, Any]:
+def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
     """Train the epochs that are left, saving what a run needs to go on.
-
-    Returns:
-        The epoch and scores of the best epoch, which is in best.pt.
 
     Raises:
         UserError: a file of the data went or changed, after saving.
         Interrupted: by a signal, after saving.
     """
-    progress = learner.progress
+    config, progress = run.config, learner.progress
     confusion = data.confusion(progress.device)
-    save_every = SaveEvery(config.save_every)
-    resume = f"go on with: python main.py --resume '{recorder.run_dir}'"
-
-    def save() -> Path:
-        check_finite(progress)
-        return recorder.save("last.pt", learner.parts(), best)
-
-    def save_in_time(*, is_time: bool) -> None:
-        """Save if it is time to, or if a signal asks to leave; all processes together."""
-        signal_number, is_time_for_one = agree(stop.signal_number, is_time)
-        if not signal_number and not is_time_for_one:
-            return
-        path = save()
-        save_every.restart()
-        if signal_number:
-            raise Interrupted(f"saved {path}\n{resume}", signal_number)
-
-    @contextmanager
-    def saved_if_data_fails() -> Iterator[None]:
-        try:
-            yield
-        except DataFault as fault:
-            if world_size() > 1:  # the others are in the middle of a step
-                raise
-            raise UserError(f"{fault}; saved {save()}, {resume}") from None
-
     with (
-        saved_if_data_fails(),
+        run.saved_if_data_fails(learner),
         closing(data.train),
         closing(data.val),
         explain_out_of_memory(config.batch_size, config.crop_size),
@@ -322,7 +168,7 @@ def fit(
                 batch_size=config.batch_size,
                 accumulate=config.accumulate,
                 clip_norm=config.clip_grad,
-                after_update=lambda: save_in_time(is_time=save_every.after_update()),
+                after_update=lambda: run.save_if_due(learner),
             )
             on_val, histogram = evaluate(
                 learner.model,
@@ -331,7 +177,7 @@ def fit(
                 confusion=confusion,
                 precision=learner.precision,
             )
-            is_best = on_val[confusion.headline] > best[confusion.headline]
+            is_best = run.is_best(on_val)
             name = confusion.headline.replace("_", " ").replace("iou", "IoU")
             score = f"{name} {on_val[confusion.headline]:.3f}  "
             headline = "" if confusion.headline == "change_iou" else score
@@ -343,7 +189,7 @@ def fit(
                 f"{'  best' if is_best else ''}",
                 flush=True,
             )
-            recorder.log_epoch(
+            results.log_epoch(
                 epoch,
                 on_train,
                 on_val,
@@ -353,75 +199,67 @@ def fit(
                 data_wait_share=waiting,
             )
             if epoch % config.draw_every == 0:
-                recorder.draw(learner.model, epoch, on_val["change_iou"])
-            progress.start(epoch)
+                results.draw(learner.model, epoch, on_val["change_iou"])
             if is_best:
-                best = {"epoch": epoch, **on_val}
-                recorder.draw_matrix(confusion, epoch)
-                recorder.save("best.pt", {"model": learner.model}, best)
-            save_in_time(is_time=True)
-    return best
+                results.draw_matrix(confusion, epoch)
+            run.save_epoch(learner, on_val)
 
 
-def choose_options(
-    given: dict[str, Any], held: ExitStack
-) -> tuple[Config, Path | None, dict[str, Any] | None]:
-    """Return the options, and of a run to go on with the checkpoint's path and content.
-
-    Such a run is claimed until `held` ends.
-
-    A run that was killed before its first checkpoint has a path without content. A process that
-    torchrun has started again goes on with the run that it began.
-
-    Raises:
-        UserError: an unknown name, a file that is not there, or an option that may not change.
-    """
-    config, last, state = Config(**given), None, None
-    runs = Path(config.output_dir or ROOT / "runs")
-    if is_restarted() and (own := find_launch(launch_id(), runs)):
-        given = {**given, "resume": str(own)}
-        config = Config(**given)
-    begins = config.resume == "auto" and config.name and not (runs / config.name).exists()
-    if config.resume and not begins:
-        last, state = find_checkpoint(
-            config.resume, runs, config.name, lambda folder: held.enter_context(claimed(folder))
-        )
-        saved = cli.from_dict(Config, state["config"] if state else read_options(last.parent))
-        config = replace(saved, **given)
-        if changed := cli.differences(saved, config):
-            raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
+def check_options(config: Config, is_new: bool) -> None:
+    """Raise UserError for names and files that are not there."""
     check_names(config.task, config.backbone, config.fusion)
     check_loss(config.loss, config.class_weights, config.task)
     SaveEvery(config.save_every)
-    if not state:
+    if is_new:
         check_source(config.weights)
-        check_name(config.name)
-    return config, last, state
 
 
-def check_classes(saved: dict[str, Any], coding: MaskCoding, last: Path) -> None:
-    """Raise UserError if classes are no longer what a run has learned."""
-    learned = (list(saved.get("class_names") or coding.names), list(saved["mask_values"]))
-    now = (list(coding.names), list(coding.values))
-    if learned != now:
-        before, after = (
-            ", ".join(f"{name} {value}" for name, value in zip(*classes, strict=False))
-            for classes in (learned, now)
+def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
+    """Find the data, choose what depends on it, and open the training and validation split."""
+    config: Config = run.config
+    with in_turn():
+        if config.download:
+            folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
+            config = replace(config, data_dir=str(folder), download=False)
+        root = config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes)
+        layout = find_pairs(root, config.task)
+    can_choose = run.state is None and config.weights == "imagenet" and "weights" not in given
+    if is_sample(layout.root) and can_choose:
+        recipe = from_rank_0(lambda: recipe_without_weights(config.backbone, given))
+        config = replace(config, **recipe)
+    classes = choose_classes(
+        layout.root,
+        task=config.task,
+        num_classes=config.num_classes,
+        mask_values=config.mask_values,
+    )
+    run.config = config = replace(config, num_classes=classes.num_classes)
+    with in_turn():
+        return open_data(
+            layout,
+            classes,
+            cache=config.cache,
+            cache_dir=ROOT / "data" / "cache",
+            crop_size=config.crop_size,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            workers=config.workers,
+            seed=config.seed,
+            device=device,
         )
-        raise UserError(f"{last}: its classes were {before}; now they are {after} (classes.json)")
 
 
-def open_run(config: Config, last: Path | None, held: ExitStack) -> Path:
-    """Return the folder of a run, made if it is new, in which config.json says how it goes on."""
-    options = {**cli.as_dict(config), "versions": versions(), "launch": launch_id()}
-    if last:
-        sweep(last.parent)
-        write_json(last.parent / OPTIONS, options)
-        return last.parent
-    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.backbone}"
-    folder = new_run_folder(Path(config.output_dir or ROOT / "runs"), name, options)
-    held.enter_context(claimed(folder))
-    return folder
+def describe_run(run: Run, learner: Learner, data: Data, amp: str) -> str:
+    """Return the lines that stand before the first epoch."""
+    learning, total = count_parameters(learner.model)
+    return (
+        f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
+        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
+        f"device  {describe(learner.progress.device)}, "
+        f"{amp if learner.precision.dtype else 'float32'}, {data.train.num_workers} workers"
+        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
+        f"run     {run.folder}"
+    )
 
 
 def build(

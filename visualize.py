@@ -95,7 +95,7 @@ def plot_predictions(
         device = torch.device("cpu")
     samples = [val_dataset[i] for i in pick_samples(val_dataset, num_samples)]
     coding = val_dataset.source.coding
-    figure = prediction_grid(samples, _predict(model, samples, device), coding, title=title)
+    figure = prediction_grid(samples, predict_samples(model, samples, device), coding, title=title)
     if path is not None:
         save_figure(figure, Path(path))
     return figure
@@ -233,7 +233,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 @torch.no_grad()
-def _predict(
+def predict_samples(
     model: nn.Module, samples: Sequence[tuple[Tensor, Tensor, Tensor]], device: torch.device
 ) -> list[Tensor]:
     """Predict one sample at a time: they may differ in size, and few are drawn."""

@@ -42,7 +42,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, options: Mapping[str, Option], first_step: int) -> None:
         from torch.utils.tensorboard import summary
 
-        self.summary = summary
+        self.summary: Any = summary
         self.options = options
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self.path = run_dir / f"{name}.{time.time_ns()}"  # read in the order of their names

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 import main
-from main import Config, choose_options
+from main import Config
 from metrics import Confusion
 from model import load_model
 from networks.weights import read_state_dict
@@ -45,6 +45,7 @@ from runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
 from runtime.tracking import Tracker
 from training.engine import Progress, build_optimizer, warmup_cosine
+from training.run import open_run
 from training.run_folder import find_checkpoint
 
 PATIENCE = 60  # seconds for one input, which takes milliseconds: longer is a hang
@@ -538,7 +539,7 @@ def test_checkpoints_of_strange_content(
             load_model(path)
         _, state = find_checkpoint(str(path), tmp_path, None)
         with ExitStack() as held:
-            choose_options({"resume": str(path)}, held)
+            open_run(Config, {"resume": str(path)}, tmp_path, held, main.check_options)
         made = parts()
         restore(made, state, path)
         step(made)

@@ -126,7 +126,7 @@ def test_resumed_is_bit_for_bit_the_straight_run(
     for stop_at in (1, 4, 6, 10):
         name = f"stopped-{stop_at}"
         with monkeypatch.context() as patch:
-            patch.setattr(main, "StopRequest", StopAfter)
+            patch.setattr("training.run.StopRequest", StopAfter)
             StopAfter.looks = stop_at
             with pytest.raises(Interrupted, match="go on with: python main.py --resume") as stop:
                 train(options(tree, epochs=3, name=name))
@@ -197,7 +197,7 @@ def test_a_file_that_goes_costs_nothing_once_it_is_back(
         with pytest.raises(UserError) as error:
             train({**given, "name": run.name})
         assert re.fullmatch(
-            rf"{lost[0]}: is gone .*; saved {run}/last.pt, go on with: .*--resume '{run}'",
+            rf"{lost[0]}: is gone .*; saved {run}/last.pt, go on with: .*--resume {run}",
             str(error.value),
         )
         (tmp_path / "lost.png").rename(lost[0])

@@ -14,6 +14,7 @@ from pairs.cache import open_source
 from pairs.check import DataSummary, check, show
 from pairs.labels import Classes
 from pairs.layouts import Layout
+from pairs.synthetic.sample_set import is_sample
 from runtime.devices import pick_workers
 from runtime.distributed import local_world_size, world_size
 from runtime.errors import UserError
@@ -23,10 +24,21 @@ from runtime.errors import UserError
 class Data:
     """The dataset as a run uses it."""
 
+    root: Path
     checked: DataSummary
     classes: Classes
     train: PairLoader
     val: PairLoader
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it is drawn by this repository, so that its scores are no results."""
+        return is_sample(self.root)
+
+    @property
+    def name(self) -> str:
+        """What the trackers call it."""
+        return "synthetic sample" if self.is_sample else self.root.name
 
     def about(self) -> dict[str, Any]:
         """Return what a checkpoint says of it."""
@@ -101,4 +113,4 @@ def open_data(
         raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
     if in_batch == 1 and crop_size == 32:
         raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
-    return Data(checked, classes, train_loader, loader("val", PATCH_SIZE, None))
+    return Data(layout.root, checked, classes, train_loader, loader("val", PATCH_SIZE, None))

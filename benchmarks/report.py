@@ -151,6 +151,27 @@ def ranks(result: Mapping[str, Any]) -> str:
     )
 
 
+def real(result: Mapping[str, Any]) -> str:
+    data = result["data"]
+    text = (
+        f"EfficientNet-Lite0 on {data['train']} training pairs, scored on {data['val']} others "
+        f"({result['split']}): best of {result['epochs']} epochs, mean and standard deviation of the "
+        "seeds. No official split, so no score to compare with a paper's.\n\n"
+    )
+    rows = (
+        (
+            name,
+            str(row["change_iou"]["n"]),
+            *(
+                f"{row[score]['mean']:.3f} +/- {row[score]['std']:.3f}"
+                for score in ("change_iou", "change_dice", "mean_dice")
+            ),
+        )
+        for name, row in result["variants"].items()
+    )
+    return text + table(("", "seeds", "change IoU", "change F1", "two-class mean Dice"), rows)
+
+
 SECTIONS = {
     "train_step": "Training step",
     "train_step_keep_memory": "Training step, allocator that keeps freed memory",
@@ -159,6 +180,7 @@ SECTIONS = {
     "scene": "Scenes",
     "scene_without_network": "Scenes, without a network",
     "ranks": "Several processes",
+    "real": "Real pairs",
 }
 
 
@@ -168,6 +190,7 @@ DRAWN_BY = {
     "scene": scene,
     "scene_without_network": scene,
     "ranks": ranks,
+    "real": real,
 }
 
 

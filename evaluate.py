@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pairs.labels import MIN_PIXELS
-from runtime import config as cli
-from runtime.config import REQUIRED, option
+from runtime.config import REQUIRED, option, shared
+from runtime.start import start
 
 ROOT = Path(__file__).resolve().parent
 
@@ -25,39 +25,62 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     """The options of an evaluation."""
 
-    # fmt: off
-    checkpoints: tuple[str, ...] = option(REQUIRED, "a run's best.pt or its folder; several (seeds) give mean and deviation", positional=True)  # noqa: E501
+    checkpoints: tuple[str, ...] = option(
+        REQUIRED,
+        "a run's best.pt or its folder; several (seeds) give mean and deviation",
+        positional=True,
+    )
 
-    # data
-    data_dir: str | None = option(None, "folder of the dataset; else the one of the training", aliases=["--data-path"])  # noqa: E501
-    split: str = option("test", "what to score; the threshold is chosen on val", choices=("test", "val", "train"))  # noqa: E501
-    mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...; else as in training")  # noqa: E501
+    data_dir: str | None = option(
+        None,
+        "folder of the dataset; else the one of the training",
+        group="data",
+        aliases=["--data-path"],
+    )
+    split: str = option(
+        "test",
+        "split that is scored; the threshold is chosen on val",
+        choices=("test", "val", "train"),
+    )
+    mask_values: tuple[int, ...] | None = option(
+        None, "label value of class 0, 1, ...; else as in training"
+    )
 
-    # what to measure
-    protocols: str = option("patches,whole,sliding", "patches, whole (image), sliding (windows)")
+    protocols: str = option(
+        "patches,whole,sliding",
+        "patches, whole (image), sliding (windows)",
+        group="what to measure",
+    )
     window: int = option(512, "side of a sliding window", above=0)
-    overlap: int = option(128, "of neighbouring windows, in pixels", at_least=0)
+    overlap: int = option(128, "overlap of neighbouring windows, in pixels", at_least=0)
     min_object: int = option(MIN_PIXELS, "pixels of the smallest object that counts", above=0)
     robustness: bool = option(False, "score with the later date shifted, turned, blurred, ...")
-    robustness_pairs: int = option(64, "pairs to do that with, spread over the split; 0 = all", at_least=0)  # noqa: E501
-    seed: int = option(0, "of the bootstrap", at_least=0)
+    robustness_pairs: int = option(
+        64, "pairs for --robustness, spread over the split; 0: all", at_least=0
+    )
+    seed: int = option(0, "seed of the bootstrap", at_least=0)
 
-    # machine
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"))  # noqa: E501
-    batch_size: int | None = option(None, "patches at once in each process; else as in training", short="-b", above=0)  # noqa: E501
-    cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"))  # noqa: E501
-    workers: int | None = option(None, "loader processes of each process", short="-j", at_least=0)
+    device: str = shared("device", group="machine")
+    amp: str = shared("amp")
+    batch_size: int | None = option(
+        None, "patches at once in each process; else as in training", short="-b", above=0
+    )
+    cache: str = shared("cache")
+    workers: int | None = shared("workers")
 
-    # what it leaves
-    output_dir: str | None = option(None, "folder for the results; one that is there stays, and -2, -3, ... is made", short="-o", aliases=["--output"])  # noqa: E501
+    output_dir: str | None = option(
+        None,
+        "folder for the results; one that is there stays, and -2, -3, ... is made",
+        group="run",
+        short="-o",
+        aliases=["--output"],
+    )
     json: bool = option(False, "print JSON instead of the table")
     mlflow: bool = option(True, "log to MLflow as well")
-    # fmt: on
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    GIVEN = cli.parse(Config, description=__doc__)
+if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
+    GIVEN = start(Config, description=__doc__)
 
 from model import restore_model
 from pairs.cache import Source, open_source

@@ -17,26 +17,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime import config as cli
-from runtime.config import REQUIRED, option
+from runtime.config import REQUIRED, VERSION, option
+from runtime.start import start
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of an export."""
 
-    # fmt: off
     checkpoint: str = option(REQUIRED, "best.pt of a run", positional=True)
-    pairs: tuple[str, ...] = option((), "images to compare on as well: before, after, before, ...", positional=True)  # noqa: E501
-    output_dir: str | None = option(None, "folder of the files; else the checkpoint's", short="-o", aliases=["--output"])  # noqa: E501
+    pairs: tuple[str, ...] = option(
+        (), "images to compare on as well: before, after, before, ...", positional=True
+    )
+    output_dir: str | None = option(
+        None,
+        "folder of the files; else the checkpoint's",
+        short="-o",
+        aliases=["--output"],
+    )
     overwrite: bool = option(False, "replace what is there")
-    input: str = option("uint8", "what both dates are: uint8, or float32 in [0, 1]", choices=("uint8", "float32"))  # noqa: E501
-    tolerance: float = option(1e-3, "largest difference of a logit, relative to the largest logit", above=0)  # noqa: E501
-    # fmt: on
+    input: str = option(
+        "uint8",
+        "what both dates are: uint8, or float32 in [0, 1]",
+        choices=("uint8", "float32"),
+    )
+    tolerance: float = option(
+        1e-3, "largest difference of a logit, relative to the largest logit", above=0
+    )
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    GIVEN = cli.parse(Config, description=__doc__)
+if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
+    GIVEN = start(Config, description=__doc__)
 
 import json
 import logging
@@ -51,7 +62,7 @@ from torch.export import Dim, ExportedProgram
 
 from model import restore_model
 from pairs.images import read_image
-from runtime.checkpoint import VERSION, read_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError, run_script
 from runtime.files import whole_folder
 

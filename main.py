@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime import config as cli
-from runtime.config import option
+from pairs.layouts import find_pairs
+from runtime.config import option, shared
+from runtime.errors import UserError
+from runtime.start import start
+from training.catalogue import catalogue, check_words
 
 ROOT = Path(__file__).resolve().parent
 
@@ -21,67 +24,123 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     """The options of a run; `Config()` is a good one."""
 
-    # fmt: off
-    # data
-    data_dir: str | None = option(None, "folder of the dataset; else data/, else a sample set is made", aliases=["--data-path"], resumable=True)  # noqa: E501
-    download: bool = option(False, "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/", resumable=True)  # noqa: E501
-    task: str = option("change", "change, or semantic: from which class to which", choices=("change", "semantic"))  # noqa: E501
-    num_classes: int | None = option(None, "1 = change or not; K > 1 counts 'no change' too; of --task semantic kinds of land cover; else as classes.json beside the data, else 1, or 6", at_least=1, at_most=250)  # noqa: E501
+    data_dir: str | None = option(
+        None,
+        "folder of the dataset; else data/, else a sample set is made there",
+        group="data",
+        aliases=["--data-path"],
+        may_change=True,
+    )
+    download: bool = option(
+        False,
+        "first fetch LEVIR-CD, for academic use only, into --data-dir, else data/LEVIR-CD/",
+        may_change=True,
+    )
+    task: str = option(
+        "change", "change, or semantic: from which class to which", choices=("change", "semantic")
+    )
+    num_classes: int | None = option(
+        None,
+        "1: change or not; more: classes of change, 'no change' counted; with --task semantic: "
+        "classes of land cover; else as in classes.json beside the data, else 1, or 6",
+        at_least=1,
+        at_most=250,
+    )
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
-    crop_size: int = option(256, "side of a training crop", above=0, at_most=8192, multiple_of=32)
+    crop_size: int = option(
+        256, "side of a training crop in pixels", above=0, at_most=8192, multiple_of=32
+    )
 
-    # model
-    backbone: str = option("resnet50", "encoder; --list shows them all")
-    fusion: str = option("concat", "of both dates: concat, diff, concat_diff, cross_attention")
-    weights: str = option("imagenet", "of the encoder: imagenet, none or a file")
+    backbone: str = option("resnet50", "encoder; --list shows them all", group="model")
+    fusion: str = option(
+        "concat", "how both dates become one: concat, diff, concat_diff, cross_attention"
+    )
+    weights: str = option("imagenet", "weights the encoder starts from: imagenet, none or a file")
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 
-    # loss
-    loss: str = option("bce_iou", "bce_iou, ce, dice, focal, or a sum such as bce_iou+focal")
-    class_weights: str = option("none", "of cross-entropies; balanced = rare classes more", choices=("none", "balanced"))  # noqa: E501
-    bce_weight: float = option(1.0, "of bce_iou: factor of the cross-entropy", at_least=0)
-    iou_weight: float = option(1.0, "of bce_iou: factor of 1 - soft IoU", at_least=0)
+    loss: str = option(
+        "bce_iou", "bce_iou, ce, dice, focal, or a sum such as bce_iou+focal", group="loss"
+    )
+    class_weights: str = option(
+        "none",
+        "weights in cross-entropies; balanced: rare classes more",
+        choices=("none", "balanced"),
+    )
+    bce_weight: float = option(1.0, "factor of the cross-entropy in bce_iou", at_least=0)
+    iou_weight: float = option(1.0, "factor of 1 - soft IoU in bce_iou", at_least=0)
 
-    # training
-    epochs: int = option(30, "passes over the training split", above=0, resumable=True)
+    epochs: int = option(
+        30, "passes over the training split", group="training", above=0, may_change=True
+    )
     batch_size: int = option(8, "pairs in a step, of all processes together", short="-b", above=0)
     lr: float = option(1e-3, "peak learning rate; a pretrained encoder takes a tenth", above=0)
-    weight_decay: float = option(1e-2, "of AdamW", at_least=0)
+    weight_decay: float = option(1e-2, "weight decay of AdamW", at_least=0)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up before the cosine", at_least=0)
-    clip_grad: float = option(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit", at_least=0)
     accumulate: int = option(1, "batches per update", above=0)
-    seed: int = option(0, "of weights, order and augmentation", at_least=0, at_most=2**63 - 1)
+    seed: int = option(0, "seed of weights, order, augmentation", at_least=0, at_most=2**63 - 1)
 
-    # machine
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", resumable=True)
-    amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"), resumable=True)  # noqa: E501
-    compile: bool = option(False, "compile the model; pays on a GPU", resumable=True)
-    cache: str = option("auto", "of decoded pairs: in a file, in memory, or none; auto = where there is room", choices=("auto", "ram", "disk", "none"), resumable=True)  # noqa: E501
-    workers: int | None = option(None, "loader processes of each process", short="-j", at_least=0, at_most=1024, resumable=True)  # noqa: E501
+    device: str = shared("device", group="machine")
+    amp: str = shared("amp")
+    compile: bool = option(False, "compile the model; pays on a GPU")
+    cache: str = shared("cache")
+    workers: int | None = shared("workers")
 
-    # run
-    name: str | None = option(None, "of the run's folder; else date and backbone", resumable=True)
-    output_dir: str | None = option(None, "folder of the runs; else runs/", resumable=True)
-    resume: str | None = option(None, "auto (the newest run; with --name that one, begun if need be), a run's folder or a last.pt", bare="auto", resumable=True)  # noqa: E501
-    save_every: str = option("10m", "within an epoch: a time (90s, 10m, 1h) or a number of updates", resumable=True)  # noqa: E501
-    draw_every: int = option(5, "epochs between pictures", above=0, resumable=True)
-    mlflow: bool = option(True, "log to MLflow as well", resumable=True)
-    # fmt: on
+    name: str | None = option(None, "name of the run's folder; else date, backbone", group="run")
+    output_dir: str | None = option(None, "folder of the runs; else runs/")
+    resume: str | None = option(
+        None,
+        "go on with a run: its folder or last.pt; auto: the newest, or the one called --name, "
+        "begun if need be",
+        bare="auto",
+    )
+    save_every: str = option(
+        "10m",
+        "how often to save within an epoch: a time (90s, 10m, 1h) or a number of updates",
+        form=(r"0*[1-9]\d*[smh]?", "a time, such as 90s, 10m or 1h, or a number of updates: 500"),
+    )
+    draw_every: int = option(5, "epochs between pictures", above=0)
+    mlflow: bool = option(True, "log to MLflow as well")
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    SWITCHES = {"list": "show the backbones, fusions and losses that there are, and exit"}
-    GIVEN = cli.parse(Config, switches=SWITCHES, description=__doc__)
+def check(config: Config) -> None:
+    """Raise UserError for a name or a path that is not there; see `start`."""
+    check_words(config.backbone, config.fusion, config.loss, config.class_weights, task=config.task)
+    if config.resume:
+        check_resume(config)
+        return  # the other paths are those of the run
+    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
+        raise UserError(
+            f"--weights {config.weights}: no such file; give imagenet, none, or the file of a "
+            "state dict of this backbone"
+        )
+    if config.data_dir and not config.download and not Path(config.data_dir).is_dir():
+        find_pairs(config.data_dir, config.task)  # says what it expects there
+
+
+def check_resume(config: Config) -> None:
+    """Raise UserError for a run that there is not."""
+    runs = Path(config.output_dir or ROOT / "runs")
+    if config.resume != "auto" and not Path(config.resume or "").exists():
+        newest = sorted(runs.glob("[!.]*/last.pt"), key=lambda path: -path.stat().st_mtime)[:5]
+        known = f"; the newest are {', '.join(str(path.parent) for path in newest)}"
+        raise UserError(
+            f"--resume {config.resume}: no such run or checkpoint{known if newest else ''}"
+        )
+
+
+if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
+    LIST = {"list": ("show the backbones, fusions and losses that there are, and exit", catalogue)}
+    GIVEN = start(Config, description=__doc__, answers=LIST, check=check)
 
 import torch
 
-from losses import build_loss, check_loss
-from model import build_model, check_names, count_parameters
+from losses import build_loss
+from model import build_model, count_parameters
 from networks.encoders import TIMM
-from networks.weights import check_source, load_weights
+from networks.weights import load_weights
 from pairs.download import fetch_dataset
 from pairs.labels import choose_classes
-from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.devices import (
     Precision,
@@ -100,7 +159,6 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.sync_batch_norm import synchronize
-from training.catalogue import catalogue
 from training.engine import (
     Learner,
     Progress,
@@ -111,7 +169,7 @@ from training.engine import (
 )
 from training.recipe import recipe_without_weights
 from training.results import Results
-from training.run import Run, SaveEvery, open_run
+from training.run import Run, open_run
 from training.splits import Data, open_data
 
 
@@ -206,12 +264,8 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
 
 
 def check_options(config: Config, is_new: bool) -> None:
-    """Raise UserError for names and files that are not there."""
-    check_names(config.task, config.backbone, config.fusion)
-    check_loss(config.loss, config.class_weights, config.task)
-    SaveEvery(config.save_every)
-    if is_new:
-        check_source(config.weights)
+    """Raise UserError for names and files that are not there; see `check`."""
+    check(config if is_new else replace(config, resume="auto"))
 
 
 def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
@@ -321,4 +375,4 @@ def build(
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: print(catalogue()) if GIVEN.pop("list", False) else train(GIVEN)))
+    sys.exit(run(lambda: train(GIVEN)))

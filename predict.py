@@ -15,47 +15,77 @@ from pathlib import Path
 from typing import Any
 
 from pairs.labels import MIN_PIXELS
-from runtime import config as cli
-from runtime.config import REQUIRED, option
+from runtime.config import REQUIRED, option, shared
+from runtime.start import start
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of a prediction."""
 
-    # fmt: off
     checkpoint: str = option(REQUIRED, "best.pt of a run", positional=True)
     before: str = option(REQUIRED, "the earlier date: a file or a folder", positional=True)
     after: str = option(REQUIRED, "the later date: a file or a folder", positional=True)
 
-    # what comes out
-    output_dir: str = option("predictions", "folder of what is written", short="-o", aliases=["--output"])  # noqa: E501
+    output_dir: str = option(
+        "predictions",
+        "folder of what is written",
+        group="what comes out",
+        short="-o",
+        aliases=["--output"],
+    )
     overwrite: bool = option(False, "replace what is there")
-    threshold: float | None = option(None, "of the change probability; else as evaluate.py chose it on val, else 0.5", at_least=0, at_most=1)  # noqa: E501
-    probability: str = option("uint8", "how it is stored: uint8 (254 p, 255 = no data) or float32", choices=("uint8", "float32"))  # noqa: E501
-    min_area: float | None = option(None, f"of a polygon, in square metres; else that of {MIN_PIXELS} pixels; 0 keeps all", at_least=0)  # noqa: E501
-    fill_holes: float = option(0.0, "fill holes of polygons up to so many square metres", at_least=0)  # noqa: E501
+    threshold: float | None = option(
+        None,
+        "threshold of the change probability; else as evaluate.py chose it on val, else 0.5",
+        at_least=0,
+        at_most=1,
+    )
+    probability: str = option(
+        "uint8",
+        "how the probability is stored: uint8 (254 p, 255 = no data) or float32",
+        choices=("uint8", "float32"),
+    )
+    min_area: float | None = option(
+        None,
+        f"area of the smallest polygon in square metres; else that of {MIN_PIXELS} pixels; "
+        "0 keeps all",
+        at_least=0,
+    )
+    fill_holes: float = option(
+        0.0, "fill holes of polygons up to so many square metres", at_least=0
+    )
 
-    # what goes in
-    align: bool = option(False, "resample the later date onto the grid of the earlier one")
-    bands: tuple[int, ...] | None = option(None, "red, green and blue of both dates, counted from 1: 4,3,2; or one; else as in training")  # noqa: E501
-    scale: tuple[float, ...] | None = option(None, "values of both dates that become 0 and 255; else as in training, else 8 bits as they are, others between the percentiles of each date")  # noqa: E501
-    alpha: int | None = option(None, "the band that is 0 where there is no data; else as in training, else, without --bands, the one that the file calls so", above=0)  # noqa: E501
+    align: bool = option(
+        False, "resample the later date onto the grid of the earlier one", group="what goes in"
+    )
+    bands: tuple[int, ...] | None = option(
+        None,
+        "red, green and blue of both dates, counted from 1: 4,3,2; or one; else as in training",
+    )
+    scale: tuple[float, ...] | None = option(
+        None,
+        "values of both dates that become 0 and 255; else as in training, else 8 bits as they are, "
+        "others between the percentiles of each date",
+    )
+    alpha: int | None = option(
+        None,
+        "the band that is 0 where there is no data; else as in training, else, without --bands, "
+        "the one that the file calls so",
+        above=0,
+    )
 
-    # windows
-    window: int = option(512, "side of the windows that the model sees", above=0)
-    overlap: int = option(128, "of neighbouring windows", at_least=0)
+    window: int = option(512, "side of the windows that the model sees", group="windows", above=0)
+    overlap: int = option(128, "overlap of neighbouring windows, in pixels", at_least=0)
     batch_size: int = option(4, "windows at once", short="-b", above=0)
     flips: bool = option(False, "average over mirror images: four times the cost")
 
-    # machine
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = option("auto", "precision; auto = bf16 where it pays", choices=("auto", "off", "bf16", "fp16"))  # noqa: E501
-    # fmt: on
+    device: str = shared("device", group="machine")
+    amp: str = shared("amp")
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    GIVEN = cli.parse(Config, description=__doc__)
+if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
+    GIVEN = start(Config, description=__doc__)
 
 import torch
 from torch import Tensor, nn

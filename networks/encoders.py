@@ -196,9 +196,10 @@ def _timm(name: str) -> Encoder:
     )
 
 
+# training/catalogue.py reads the names here, without importing them: write each one out
 ENCODERS: dict[str, Callable[[str], Encoder]] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _resnet),
-    LITE: _lite,
+    "efficientnet_lite0": _lite,
     **dict.fromkeys(("swin_t", "swin_s", "swin_b"), _stages),
     **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), _stages),
     **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), _stages),

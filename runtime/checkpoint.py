@@ -24,11 +24,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.config import VERSION
 from runtime.errors import UserError
 from runtime.files import read_torch_file, whole_file
 
 FORMAT = 1
-VERSION = "0.1.0"  # of this repository, as in CHANGELOG.md
 MOMENTS, RATES = ("exp_avg", "exp_avg_sq"), ("lr", "initial_lr")  # in the states of AdamW
 REQUIRED = {"format": int, "model": dict, "model_kwargs": dict, "config": dict, "data": dict}
 

@@ -4,7 +4,8 @@
 1    an unexpected error: our fault, with its traceback
 2    UserError: usage, configuration, data, checkpoint
 3    DivergedError: the loss or the weights are no longer finite
-130  Ctrl-C;  143  SIGTERM: a training run in progress was saved before
+129  SIGHUP, the terminal was closed;  130  Ctrl-C;  143  SIGTERM: a training run in progress was
+     saved before
 """
 
 import errno
@@ -14,6 +15,9 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+STOPPING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write does not say of which file
 
 
@@ -41,7 +45,7 @@ class Interrupted(Exception):
 
     Args:
         message: what was saved, and of training the command that resumes.
-        signal_number: 2 for Ctrl-C, 15 for SIGTERM.
+        signal_number: 2 for Ctrl-C, 15 for SIGTERM, 1 for SIGHUP.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -50,7 +54,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes Ctrl-C and SIGTERM, so that a run can end where its state is whole.
+    """Notes Ctrl-C, SIGTERM and SIGHUP, so that a run can end where its state is whole.
 
     The first signal only sets `signal_number`. A second one more than two seconds later leaves at
     once: torchrun and the terminal both deliver the first, so an echo must not count.
@@ -66,8 +70,10 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for number in STOPPING:
+            is_hangup = number not in (signal.SIGINT, signal.SIGTERM)
+            if not (is_hangup and signal.getsignal(number) is signal.SIG_IGN):  # nohup wants so
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -109,8 +115,11 @@ def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lam
             print(why, file=sys.stderr, flush=True)
         return code
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `start` has set another
     try:
         script()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
     except UserError as error:
         return end(f"error: {visible(str(error))}", error.exit_code)
     except OSError as error:
@@ -122,4 +131,6 @@ def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lam
         return end(stop, stop.exit_code)
     except KeyboardInterrupt:
         return end("interrupted", 130)
+    if lost := getattr(sys.stdout, "lost", None):
+        return end(f"error: standard output lacks what was printed last ({lost.strerror})", 2)
     return 0

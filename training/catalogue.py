@@ -1,32 +1,134 @@
-"""What `--backbone`, `--fusion` and `--loss` can be, and what each costs."""
+"""What `--backbone`, `--fusion` and `--loss` can be, and what each costs; known without torch.
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+The names are read from the source of the tables that hold them, for importing these takes seconds.
+The costs are kept here; `python -m training.catalogue` measures them anew.
+"""
 
-from losses import LOSSES
-from model import build_model, count_parameters
-from networks.encoders import ENCODERS, TIMM
-from networks.fusion import FUSIONS
+import ast
+import re
+from functools import cache
+from pathlib import Path
 
-SIDE = 256  # pixels
+from runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE = 256  # pixels of an image that is counted for
+TIMM = "timm:"
+
+# Millions of parameters and GFLOP of a pair; the others are those of `model.build_model`'s default
+COSTS = {
+    "--backbone": {
+        "resnet18": (14.0, 12.6),
+        "resnet34": (24.1, 22.3),
+        "resnet50": (27.7, 25.1),
+        "resnet101": (46.6, 44.5),
+        "efficientnet_lite0": (5.6, 4.9),
+        "swin_t": (30.6, 32.5),
+        "swin_s": (51.9, 60.3),
+        "swin_b": (90.0, 103.9),
+        "swin_v2_t": (30.7, 26.8),
+        "swin_v2_s": (52.0, 49.2),
+        "swin_v2_b": (90.2, 84.4),
+        "convnext_tiny": (30.9, 26.4),
+        "convnext_small": (52.5, 48.5),
+        "convnext_base": (90.8, 83.4),
+    },
+    "--fusion": {
+        "concat": (27.7, 25.1),
+        "diff": (26.8, 24.7),
+        "concat_diff": (28.5, 25.5),
+        "cross_attention": (29.8, 27.1),
+    },
+}
 
 
 def catalogue() -> str:
     """Return the tables of `python main.py --list`."""
-    lines = [f"--backbone, with --fusion concat{'M parameters':>22}{'GFLOP a pair':>15}"]
-    lines += [_row(name, *cost(name)) for name in ENCODERS]
-    lines.append(f"  {TIMM}NAME, if timm is installed (requirements-zoo.txt)")
-    lines.append(f"\n--fusion, with --backbone resnet50{'M parameters':>16}{'GFLOP a pair':>15}")
-    lines += [_row(name, *cost(fusion=name)) for name in FUSIONS]
-    lines.append(f"\n--loss\n  {', '.join(LOSSES)}, or a sum such as bce_iou+focal")
+    lines = []
+    for flag, names, fixed in (
+        ("--backbone", backbones(), "--fusion concat"),
+        ("--fusion", fusions(), "--backbone resnet50"),
+    ):
+        title = f"{flag}, with {fixed}"
+        lines.append(f"{title:34}{'M parameters':>16}{'GFLOP a pair':>15}")
+        for name in names:
+            parameters, operations = COSTS[flag].get(name, ("?", "?"))
+            lines.append(f"  {name:32}{parameters:>16}{operations:>15}")
+        if flag == "--backbone":
+            lines.append(f"  {TIMM}NAME, if timm is installed (requirements-zoo.txt)")
+        lines.append("")
+    lines.append(f"--loss\n  {', '.join(losses())}, or a sum such as bce_iou+focal\n")
     lines.append(
-        f"\nForward passes, {SIDE} x {SIDE}, two operations for a multiplication with an addition."
+        f"Forward passes, {SIDE} x {SIDE}, two operations for a multiplication with an addition."
     )
     return "\n".join(lines)
 
 
-def cost(backbone: str = "resnet50", fusion: str = "concat") -> tuple[float, float]:
+def check_words(backbone: str, fusion: str, loss: str, class_weights: str, task: str) -> None:
+    """Raise UserError for a backbone, fusion or loss that there is not, with those that there are.
+
+    Raises it as well for weights of classes that the loss does not use.
+    """
+    if backbone not in backbones() and not re.fullmatch(rf"{TIMM}[\w.-]+", backbone):
+        known = ", ".join(backbones())
+        raise UserError(f"--backbone {backbone}: choose one of {known}, or {TIMM}NAME")
+    if fusion not in fusions():
+        raise UserError(f"--fusion {fusion}: choose one of {', '.join(fusions())}")
+    if unknown := set(loss.split("+")) - set(losses()):
+        raise UserError(
+            f"--loss {loss}: {', '.join(map(repr, sorted(unknown)))} is none; "
+            f"choose of {', '.join(losses())}, or a sum such as bce_iou+focal"
+        )
+    has_entropy = task == "semantic" or not {"bce_iou", "ce"}.isdisjoint(loss.split("+"))
+    if class_weights != "none" and not has_entropy:
+        raise UserError(
+            f"--class-weights {class_weights}: weighs cross-entropies, and --loss {loss} has none; "
+            f"try ce+{loss}"
+        )
+
+
+def backbones() -> tuple[str, ...]:
+    """Return the names in `networks.encoders.ENCODERS`."""
+    return _names("networks/encoders.py", "ENCODERS")
+
+
+def fusions() -> tuple[str, ...]:
+    """Return the names in `networks.fusion.FUSIONS`."""
+    return _names("networks/fusion.py", "FUSIONS")
+
+
+def losses() -> tuple[str, ...]:
+    """Return the names in `losses.LOSSES`."""
+    return _names("losses.py", "LOSSES")
+
+
+@cache
+def _names(file: str, table: str) -> tuple[str, ...]:
+    """Return the texts in a table of a module, in order; none but its names are texts."""
+    module = ast.parse((ROOT / file).read_text("utf-8"))
+    (value,) = (
+        node.value
+        for node in module.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.target.id == table
+        and node.value is not None
+    )
+    texts = [
+        (node.lineno, node.col_offset, node.value)
+        for node in ast.walk(value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return tuple(text for _, _, text in sorted(texts))
+
+
+def measure(backbone: str = "resnet50", fusion: str = "concat") -> tuple[float, float]:
     """Return the parameters in millions and the GFLOP of one pair, without computing anything."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model import build_model, count_parameters
+
     with torch.device("meta"):
         model = build_model(backbone=backbone, fusion=fusion, freeze_backbone=False).eval()
         image = torch.empty(1, 3, SIDE, SIDE)
@@ -35,5 +137,8 @@ def cost(backbone: str = "resnet50", fusion: str = "concat") -> tuple[float, flo
     return count_parameters(model)[1] / 1e6, counter.get_total_flops() / 1e9
 
 
-def _row(name: str, parameters: float, operations: float) -> str:
-    return f"  {name:32}{parameters:16.1f}{operations:15.1f}"
+if __name__ == "__main__":
+    for name in backbones():
+        print("{!r}: ({:.1f}, {:.1f}),".format(name, *measure(name)))
+    for name in fusions():
+        print("{!r}: ({:.1f}, {:.1f}),".format(name, *measure(fusion=name)))

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ class Small:
     fast: bool = option(False, "a switch")
     maybe: bool | None = option(None, "a switch without a default")
     kind: str = option("a", "a choice", choices=("a", "b"))
-    where: str | None = option(None, "a place", bare="auto", resumable=True, aliases=["--place"])
+    where: str | None = option(None, "a place", bare="auto", may_change=True, aliases=["--place"])
     values: tuple[int, ...] | None = option(None, "numbers")
     limits: tuple[float, ...] | None = option(None, "numbers with fractions")
+    span: str = option("1s", "a time", form=(r"\d+s", "a time, such as 3s"), group="machine")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,17 @@ def test_positionals_round_trip_and_show_in_help(capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit):
         cli.parse(Placed, ["--help"])
     shown = capsys.readouterr().out
-    assert "first the-rest [the-rest ...]" in shown
+    assert "[options] first the-rest ...\n" in shown
     assert "default: 3" in shown and "MISSING" not in shown
 
 
 def test_only_given_flags_come_back() -> None:
     assert cli.parse(Small, []) == {}
-    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255 --limits 0,0.5"
+    line = "-c 4 --rate=2 --fast --no-maybe --kind b --where --values 0,128,255 --limits -1,-.5"
     argv = line.split()
     assert cli.parse(Small, argv) == {
         "count": 4, "rate": 2.0, "fast": True, "maybe": False, "kind": "b", "where": "auto",
-        "values": (0, 128, 255), "limits": (0.0, 0.5),
+        "values": (0, 128, 255), "limits": (-1.0, -0.5),
     }  # fmt: skip
 
 
@@ -100,16 +102,21 @@ def test_underscores_and_aliases_are_the_same_flag() -> None:
     ("argv", "says"),
     [
         ("-c 0", "--count 0: give a number above 0"),
-        ("-c x", "invalid int value: 'x'"),
+        ("-c x", "--count x: give a whole number"),
+        ("--rate 1,2", "--rate 1,2: give a number"),
         ("--rate -1", "--rate -1.0: give a number of at least 0"),
         ("--rate nan", "--rate nan: give a finite number"),
         ("--side 33", "--side 33: give a multiple of 32"),
-        ("--kind c", "choose from"),
+        ("--kind c", "--kind c: choose one of a, b"),
+        ("--span 3x", "--span 3x: give a time, such as 3s"),
         ("--values 0;1", "give whole numbers, such as 0,255"),
-        ("--limits 0,x", "'0,x': give numbers, such as 0,0.5"),
+        ("--limits 0,x", "--limits 0,x: give numbers, such as 0,0.5"),
         ("--unknown 1", "error: --unknown is no option; see python "),
         ("--valuse 1", "--valuse is no option; did you mean --values?"),
         ("--coun 1", "--coun is no option; did you mean --count?"),
+        ("--elsewhere 1", "--elsewhere is no option; see"),
+        ("--lr 1", "--lr is no option; see"),
+        ("word", "word is one word too many; see"),
         ("--\x1b[31m 1", "error: --\\x1b[31m is no option"),
     ],
 )
@@ -153,20 +160,85 @@ def test_wrong_config_is_named(values: dict) -> None:
 
 
 def test_only_options_that_matter_count_as_different() -> None:
-    assert cli.differences(Small(), Small(where="x")) == []
+    assert cli.differences(Small(), Small(where="x", span="2s")) == []
     assert cli.differences(Small(), Small(count=4)) == ["--count: 3, now 4"]
 
 
-def test_help_shows_every_option_without_importing_torch() -> None:
-    main = Path(__file__).parents[2] / "main.py"
-    script = (
-        "import sys, runpy; sys.argv = ['main.py', '--help']\n"
-        f"sys.path.insert(0, {str(main.parent)!r})\n"
-        f"try: runpy.run_path({str(main)!r}, run_name='__main__')\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules\n"
+@pytest.mark.parametrize(
+    "line", ["--values -1,2", "--values=-1,2", "--values -1,2 --fast", "--fast --values -1,2"]
+)
+def test_a_list_may_begin_with_a_minus(line: str) -> None:
+    assert cli.parse(Small, line.split())["values"] == (-1, 2)
+
+
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--gpu 0", "--gpu is no option; did you mean --device cuda:0?"),
+        ("--gpu", "--gpu is no option; did you mean --device cuda:0?"),
+        ("--num_workers=2", "--num-workers is no option; did you mean --workers?"),
+        ("--epoch 3", "--epoch is no option; did you mean --epochs?"),
+        ("tests", "tests stands alone; did you mean --data-dir tests?"),
+        ("--verbose", "--verbose is no option; see"),
+    ],
+)
+def test_the_hint_is_a_likely_one_or_none(
+    argv: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(SystemExit):
+        cli.parse(Config, argv.split())
+    assert says in capsys.readouterr().err
+
+
+def test_answers_come_before_anything_that_is_missing(capsys: pytest.CaptureFixture) -> None:
+    answers = {"list": ("list all", lambda: "all of it")}
+    for argv, says in (("--list", "all of it\n"), ("--version", f"{cli.VERSION} (Python 3.")):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(Placed, argv.split(), answers=answers)
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.startswith(says)
+
+
+ANSWERS = [
+    ("main.py --help", 0, "--resume [TEXT]"),
+    ("main.py --list", 0, "cross_attention"),
+    ("main.py --version", 0, cli.VERSION),
+    ("main.py --backbone resnet5", 2, "--backbone resnet5: choose one of resnet18"),
+    ("main.py --fusion no", 2, "--fusion no: choose one of concat"),
+    ("main.py --loss no", 2, "--loss no: 'no' is none"),
+    ("main.py --weights /no.pth", 2, "--weights /no.pth: no such file"),
+    ("main.py --data-dir /no", 2, "no such folder; expected DIR/train/A"),
+    ("main.py --resume /no/last.pt", 2, "--resume /no/last.pt: no such run or checkpoint"),
+    ("main.py --device gpu", 2, "--device gpu: give auto, cpu"),
+    ("evaluate.py --help", 0, "--protocols TEXT"),
+    ("predict.py --help", 0, "--threshold X"),
+    ("export.py --help", 0, "    best.onnx       for onnxruntime"),
+]
+
+
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize(("line", "code", "says"), ANSWERS, ids=[line for line, _, _ in ANSWERS])
+def test_it_is_answered_before_torch_is_imported(line: str, code: int, says: str) -> None:
+    script, *words = line.split()
+    path = Path(__file__).parents[2] / script
+    program = (
+        f"import sys, runpy; sys.argv = {[script, *words]}\n"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"
+        f"try: runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        f"except SystemExit as stop: assert stop.code == {code}\n"
+        "assert not {'torch', 'mlflow', 'matplotlib'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    for flag in ("--data-dir", "-b N, --batch-size N", "--resume [TEXT]", "--amp {auto,off,"):
-        assert flag in done.stdout
+    assert says in done.stdout + done.stderr
+
+
+def test_help_stands_in_groups() -> None:
+    main = Path(__file__).parents[2] / "main.py"
+    done = subprocess.run([sys.executable, main, "--help"], capture_output=True, text=True)
+    titles = re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)
+    assert titles == ["options", "data", "model", "loss", "training", "machine", "run"]
+    assert re.search(r"-b( N)?, --batch-size N", done.stdout)  # Python 3.13 names the value once
+    assert "{auto,off,bf16,fp16}" in done.stdout

@@ -7,23 +7,65 @@ from losses import LOSSES
 from model import build_model, count_parameters
 from networks.encoders import ENCODERS
 from networks.fusion import FUSIONS
-from training.catalogue import catalogue, cost
+from runtime.errors import UserError
+from training import catalogue
+from training.catalogue import COSTS, check_words, measure
 
 
-@pytest.mark.slow
 def test_everything_is_listed() -> None:
-    lines = catalogue().splitlines()
+    lines = catalogue.catalogue().splitlines()
     for name in (*ENCODERS, *FUSIONS):
-        assert sum(line.split()[:1] == [name] for line in lines) == 1
+        (numbers,) = (line.split()[1:] for line in lines if line.split()[:1] == [name])
+        assert "?" not in numbers, f"{name}: python -m training.catalogue, then add it to COSTS"
     assert all(name in lines[-3] for name in LOSSES)
+
+
+def test_names_are_those_of_the_tables_though_none_is_imported() -> None:
+    assert catalogue.backbones() == tuple(ENCODERS)
+    assert catalogue.fusions() == tuple(FUSIONS)
+    assert catalogue.losses() == tuple(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "fusion"),
+    [
+        *(pytest.param(name, "concat", marks=pytest.mark.slow) for name in ENCODERS),
+        *(("resnet50", name) for name in FUSIONS),
+    ],
+)
+def test_kept_costs_are_those_of_the_model(backbone: str, fusion: str) -> None:
+    rounded = tuple(round(value, 1) for value in measure(backbone, fusion))
+    assert rounded == COSTS["--fusion"][fusion] or fusion == "concat"
+    assert rounded == COSTS["--backbone"][backbone] or fusion != "concat"
 
 
 def test_costs_are_those_of_a_real_forward_pass() -> None:
     import torch
 
-    parameters, operations = cost("resnet18", "diff")
+    parameters, operations = measure("resnet18", "diff")
     model = build_model(backbone="resnet18", fusion="diff", freeze_backbone=False).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 256, 256), torch.zeros(1, 3, 256, 256))
     assert operations == counter.get_total_flops() / 1e9
     assert parameters == count_parameters(model)[1] / 1e6
+
+
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"backbone": "resnet5"}, "--backbone resnet5: choose one of resnet18, "),
+        ({"backbone": "timm:../x"}, "--backbone timm:../x: choose one of"),
+        ({"fusion": "sum"}, "--fusion sum: choose one of concat, diff"),
+        ({"loss": "ce+bce"}, "--loss ce.bce: 'bce' is none"),
+        ({"loss": "dice", "class_weights": "balanced"}, "--loss dice has none; try ce.dice"),
+    ],
+)
+def test_wrong_words_are_named_with_the_right_ones(given: dict[str, str], says: str) -> None:
+    right = {
+        "backbone": "timm:x", "fusion": "diff", "loss": "ce+dice", "class_weights": "balanced",
+        "task": "change",
+    }  # fmt: skip
+    check_words(**right)
+    with pytest.raises(UserError, match=says):
+        check_words(**right | given)

@@ -62,7 +62,15 @@ def main() -> None:
         ]
         rows[variant] = {"options": options, "runs": runs, **spreads(runs)}
         print(json.dumps({variant: rows[variant]}))
-    settings = {"epochs": arguments.epochs, "split": "val, 256 patches, threshold 0.5"}
+    settings = {
+        # whose disk it was is nobody's business
+        "command": " ".join(
+            "PATH" if argument == str(arguments.data_dir) else argument
+            for argument in ["python", "benchmarks/real.py", *sys.argv[1:]]
+        ),
+        "epochs": arguments.epochs,
+        "split": "val, 256 patches, threshold 0.5",
+    }
     measure.save("real", {**settings, "data": contents(arguments), "variants": rows}, arguments)
 
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pairs.augment import Augment
-from pairs.cache import FileSource, Source
 from pairs.images import IGNORE, read_label
 from pairs.labels import choose_classes, choose_mask_coding, label_values
 from pairs.layouts import find_pairs
+from pairs.sources import FileSource, Source
 from runtime.distributed import share, world_size
 from runtime.errors import DataFault, UserError
 
@@ -86,11 +86,11 @@ class ChangeDataset(Dataset[Sample]):
         return self.augment(*self._window(number, top, left), rng)
 
     def _window(self, number: int, top: int, left: int) -> Sample:
-        planes = self.source.read(number, top, left, self.crop_size)
-        height, width = planes.shape[-2:]
+        channels = self.source.read(number, top, left, self.crop_size)
+        height, width = channels.shape[-2:]
         right, bottom = self.crop_size - width, self.crop_size - height
-        images = F.pad(planes[:6], (0, right, 0, bottom))
-        masks = F.pad(planes[6:], (0, right, 0, bottom), value=IGNORE)
+        images = F.pad(channels[:6], (0, right, 0, bottom))
+        masks = F.pad(channels[6:], (0, right, 0, bottom), value=IGNORE)
         return images[:3], images[3:], masks if len(masks) > 1 else masks[0]
 
 
@@ -310,5 +310,5 @@ def open_dataset(
     if classes.values is None:
         for path in (path for pair in pairs for path in pair.labels):
             values |= label_values(read_label(path, classes.colors), path)
-    coding = choose_mask_coding(values, classes)
-    return ChangeDataset(FileSource(pairs, coding), crop_size=crop_size)
+    encoding = choose_mask_coding(values, classes)
+    return ChangeDataset(FileSource(pairs, encoding), crop_size=crop_size)

@@ -83,10 +83,11 @@ if __name__ == "__main__":  # the imports below take seconds; a wrong word is an
     GIVEN = start(Config, description=__doc__)
 
 from model import restore_model
-from pairs.cache import Source, open_source
-from pairs.check import check, show
+from pairs.cache import open_splits
+from pairs.check import show
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
+from pairs.sources import Source
 from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
 from runtime.checkpoint import digest_of, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
@@ -279,23 +280,23 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         num_classes=num_classes,
         mask_values=config.mask_values or tuple(state["config"].get("mask_values") or ()) or None,
     )
-    cache = ROOT / "data" / "cache"
-    checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache / "checked.json")
-    show(checked, layout)
-
-    def source(split: str) -> Source:
-        pairs = layout.splits[split]
-        return open_source(pairs, checked.coding, cache=config.cache, folder=cache)
-
-    val = source("val")
+    checked, sources = open_splits(
+        layout,
+        classes,
+        sorted({config.split, "val"}),
+        cache=config.cache,
+        folder=ROOT / "data" / "cache",
+        crop_size=PATCH_SIZE,
+    )
+    show(checked)
     return Data(
         SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
         layout.root.name,
         checked.fingerprint,
-        checked.coding.names,
+        checked.encoding.names,
         chosen=state["config"].get("data_dir"),
-        split=val if config.split == "val" else source(config.split),
-        val=val,
+        split=sources[config.split],
+        val=sources["val"],
     )
 
 

@@ -94,8 +94,10 @@ def plot_predictions(
         log.warning("no CUDA here: predicting on the CPU")
         device = torch.device("cpu")
     samples = [val_dataset[i] for i in pick_samples(val_dataset, num_samples)]
-    coding = val_dataset.source.coding
-    figure = prediction_grid(samples, predict_samples(model, samples, device), coding, title=title)
+    encoding = val_dataset.source.encoding
+    figure = prediction_grid(
+        samples, predict_samples(model, samples, device), encoding, title=title
+    )
     if path is not None:
         save_figure(figure, Path(path))
     return figure
@@ -120,7 +122,7 @@ def pick_samples(dataset: ChangeDataset, num_samples: int) -> list[int]:
 def prediction_grid(
     samples: Sequence[tuple[Tensor, Tensor, Tensor]],
     predictions: Sequence[Tensor],
-    coding: MaskCoding,
+    encoding: MaskCoding,
     *,
     title: str | None = None,
     names: Sequence[str] | None = None,
@@ -131,12 +133,12 @@ def prediction_grid(
         samples: (before, after, mask): uint8 (3, H, W), (3, H, W), (H, W) with 255 = ignore, or
             (2, H, W) of semantic change.
         predictions: class indices, one per sample, in the shape of its mask.
-        coding: names and perhaps colours of the classes.
+        encoding: names and perhaps colours of the classes.
         title: over the picture.
         names: of the rows, at their left.
     """
     columns = COLUMNS["semantic" if samples[0][2].ndim == 3 else "change"]
-    colors = palette(coding)
+    colors = palette(encoding)
     rows, side = len(samples), 2.1
     height = rows * (side + 0.18) + 1.0 + 0.17 * (title or "").count("\n")
     figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
@@ -160,11 +162,11 @@ def prediction_grid(
         axis.set_ylabel(name, fontsize=7)
     for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
         axis.set_title(name, fontsize=10, pad=3)
-    is_multi_class = len(coding.values) > 2
+    is_multi_class = len(encoding.values) > 2
     errors = {**LEGEND, "wrong class": WRONG_CLASS} if is_multi_class else LEGEND
     legends = [errors]
     if is_multi_class:
-        legends.append(dict(zip(coding.names, map(tuple, colors.tolist()), strict=True)))
+        legends.append(dict(zip(encoding.names, map(tuple, colors.tolist()), strict=True)))
     for line, legend in enumerate(legends):
         handles = [
             Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
@@ -188,11 +190,11 @@ def prediction_grid(
     return figure
 
 
-def palette(coding: MaskCoding) -> NDArray[np.uint8]:
+def palette(encoding: MaskCoding) -> NDArray[np.uint8]:
     """Return a colour (C, 3) for each class: the label files' own, or `PALETTE` over again."""
-    if coding.colors is not None:
-        return np.array(coding.colors, dtype=np.uint8)
-    numbers = np.arange(len(coding.values))
+    if encoding.colors is not None:
+        return np.array(encoding.colors, dtype=np.uint8)
+    numbers = np.arange(len(encoding.values))
     return PALETTE[np.where(numbers == 0, 0, 1 + (numbers - 1) % (len(PALETTE) - 1))]
 
 

@@ -75,10 +75,10 @@ def main() -> None:
         values: set[int] = set()
         for pair in pairs:
             values |= label_values(read_label(pair.label), pair.label)
-        coding = choose_mask_coding(values, Classes(1))
+        encoding = choose_mask_coding(values, Classes(1))
 
         def dataset(cache: str) -> ChangeDataset:
-            source = open_source(pairs, coding, cache=cache, folder=scratch / "cache")
+            source = open_source(pairs, encoding, cache=cache, folder=scratch / "cache")
             return ChangeDataset(source, augment=Augment())
 
         builders: dict[str, Callable[[], Work]] = {

@@ -1,301 +1,397 @@
-"""Where the pixels of a split come from: its files, or a cache that was decoded from them once.
-
-    planes    (7, h, w) uint8: before R, G, B, after R, G, B, class (255 = ignore)
-              (8, h, w) of semantic change: the classes before, the classes after
+"""Caches of decoded pairs: made once, proved whenever they are used.
 
 A PNG pair of 1024 x 1024 takes a core a tenth of a second to decode; a crop of it, out of the
-cache, 0.1 ms. The cache is one file a split, with the planes of one pair after those of another,
+cache, 0.1 ms. The cache is one file a split, with the channels of one pair after those of another,
 mapped into memory: the system reads what is looked at, and shares it among processes.
 
-    <files>-<state>.pixels    <files>: which files, read how; <state>: their sizes and times
+    <files>-<state>-<classes>.pixels    <files>: which files; <state>: `memo.Stamp` of each;
+                                        <classes>: what the label values mean
+    channels of all pairs, then a CRC-32 (uint32) of each pair and one of these
 
-So a cache is never stale: other files, other name. It is written beside and moved into place under
-a lock, so processes that start together build it once. Only the newest <state> is kept, and the
-caches that were used longest ago go when all together exceed `MAX_BYTES`.
+So a cache is never stale: other files, other name. It is never believed either: each process sums
+a pair up before it uses it for the first time (2.6 ms at 1024 x 1024), and decodes a damaged one
+again. A cache is written under a name of its own and moved into place, under a lock where the drive
+has locks, so processes that start together build it once. Only the newest <state> is kept, and the
+caches that were used longest ago go when all together exceed a limit.
 """
 
 import contextlib
 import hashlib
 import os
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from pairs.images import IGNORE, read_image, read_size
-from pairs.labels import MaskCoding
-from pairs.layouts import Pair
+from pairs.check import DataSummary, Keep, check
+from pairs.images import Bytes, read_size
+from pairs.labels import Classes, MaskCoding
+from pairs.layouts import Layout, Pair
+from pairs.memo import Stamp
+from pairs.sources import (
+    CachedSource,
+    FileSource,
+    Source,
+    encode_labels,
+    offsets_of,
+    stack_files,
+)
 from runtime.devices import available_memory
-from runtime.errors import DataFault, UserError
-from runtime.files import locked
+from runtime.errors import UserError
+from runtime.files import ABANDONED, locked, whole_file
 
-MAX_BYTES = 100 * 10**9  # of all caches in a folder; LEVIR-CD takes 4
+MAX_GB = 100.0  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory
 PATIENCE = 24 * 3600  # seconds to wait for another process that builds
 
-Stamp = tuple[tuple[int, int], ...]
 
+class _Build:
+    """A cache that is being filled, in a file or in memory.
 
-class Source(ABC):
-    """Windows of the pairs of a split.
-
-    Attributes:
-        pairs: the files.
-        coding: of the labels.
-        sizes: (height, width) of each pair.
-        num_planes: of each pair.
-    """
-
-    pairs: tuple[Pair, ...]
-    coding: MaskCoding
-    sizes: list[tuple[int, int]]
-    num_planes: int
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, number: int, top: int, left: int, side: int) -> Tensor:
-        """Return the planes (P, h, w) of a window of a pair: a view, not to be written to.
-
-        The window is cut where the image ends, so h and w may be less than `side`.
-
-        Raises:
-            DataFault: a file is gone, has changed, or cannot be decoded.
-        """
-        return self.planes(number)[:, top : top + side, left : left + side]
-
-    @abstractmethod
-    def planes(self, number: int) -> Tensor:
-        """Return a whole pair (P, H, W), not to be written to."""
-
-
-class FileSource(Source):
-    """Decodes the files, keeping the last decoded pairs in memory.
+    Pairs come in any order, from several threads, with labels as their files write them. These
+    become classes at the end, when it is known what their values mean.
 
     Args:
-        pairs: the files.
-        coding: of the labels.
-        keep_bytes: how much each process keeps; the last pair always stays, so that sixteen patches
-            of one LEVIR-CD image decode it once as long as they come in order.
+        pairs: what it will hold.
+        sizes: (height, width) of each pair.
+        folder: of the caches; None fills memory.
+        name: of the cache, without <classes>.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], coding: MaskCoding, *, keep_bytes: int = 2**28
+        self,
+        pairs: Sequence[Pair],
+        sizes: Sequence[tuple[int, int]],
+        folder: Path | None = None,
+        name: str = "",
     ) -> None:
-        self.pairs = tuple(pairs)
-        self.coding = coding
-        self.num_planes = 6 + len(self.pairs[0].labels)
-        self.keep_bytes = keep_bytes
-        self.stamps = [_stamp(pair) for pair in pairs]
-        self.sizes = [read_size(pair.label) for pair in pairs]
-        self._forget()
+        self.pairs, self.sizes, self.name = tuple(pairs), list(sizes), name
+        self.offsets = offsets_of(self.pairs, self.sizes)
+        self.fault: OSError | None = None
+        self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
+        self._sums = len(self.pairs) * [0]
+        self._lock = threading.Lock()
+        self._memory = torch.empty(0 if folder else self.offsets[-1], dtype=torch.uint8)
+        self._path: Path | None = None
+        if folder:
+            number, path = tempfile.mkstemp(suffix=".unfinished", dir=folder)
+            self._file, self._path = os.fdopen(number, "w+b"), Path(path)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}  # pixels do not travel to workers
-
-    def planes(self, number: int) -> Tensor:
-        """Return a whole pair (P, H, W), decoded if it is not one of the last."""
+    def put(self, pair: Pair, arrays: Sequence[Bytes]) -> None:
+        """Take the decoded files of a pair; a full disk is a `fault` that shows at the end."""
+        number = self._numbers[pair]
+        channels = stack_files(pair, arrays)
+        if channels.shape[1:] != self.sizes[number]:
+            raise UserError(f"{pair.label}: {channels.shape[1:]} is not {self.sizes[number]}")
+        self._sums[number] = zlib.crc32(channels[:6].data)
         try:
-            self.check_unchanged(number)
-            planes = self._kept.pop(number, None)
-            if planes is None:
-                planes = self.decode(number)
-                self._kept_bytes += planes.nbytes
-        except UserError as error:
-            raise DataFault(str(error)) from None
-        self._kept[number] = planes
-        while self._kept_bytes > self.keep_bytes and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
-        return planes
+            self._write(self.offsets[number], channels)
+        except OSError as error:
+            self.fault = error
 
-    def decode(self, number: int) -> Tensor:
-        """Return a whole pair (P, H, W) and keep nothing.
+    def finish(self, files: FileSource) -> CachedSource:
+        """Return the cache of all pairs.
 
-        Where the labels of both dates disagree on whether anything changed, both are ignored.
+        Raises:
+            OSError: the disk is full.
         """
-        pair, size = self.pairs[number], self.sizes[number]
-        planes = np.empty((self.num_planes, *size), np.uint8)
-        for path, plane in zip(pair.labels, planes[6:], strict=True):
-            mask = self.coding.read(path)
-            if mask.shape != size:
-                raise UserError(f"{path}: {mask.shape} does not match {pair.label}'s {size}")
-            plane[:] = mask
-        for path, part in ((pair.before, planes[:3]), (pair.after, planes[3:6])):
-            image = read_image(path)
-            if image.shape[:2] != size:
-                raise UserError(f"{path}: {image.shape[:2]} does not match its label's {size}")
-            part[:] = image.transpose(2, 0, 1)
-        if pair.label_after is not None:
-            before, after = planes[6:]
-            planes[6:, (before == 0) != (after == 0)] = IGNORE
-        return torch.from_numpy(planes)
+        if self.fault:
+            raise self.fault
+        for number, pair in enumerate(self.pairs):
+            height, width = self.sizes[number]
+            start, end = self.offsets[number] + 6 * height * width, self.offsets[number + 1]
+            raw = self._read(start, end).reshape(-1, height, width)
+            classes = encode_labels(pair, raw, files.encoding)
+            self._write(start, classes)
+            self._sums[number] = zlib.crc32(classes.data, self._sums[number])
+        if self._path is None:
+            return CachedSource(files, self._memory)
+        sums = np.array(self._sums, "<u4")
+        sums = np.append(sums, np.array([zlib.crc32(sums.data)], "<u4"))
+        self._write(self.offsets[-1], sums)
+        self._file.close()
+        place = self._path.parent / f"{self.name}-{_hash_classes(files.encoding)}.pixels"
+        with whole_file(place) as beside:
+            self._path.replace(beside)
+        return CachedSource(files, place)
 
-    def check_unchanged(self, number: int) -> None:
-        """Raise UserError if a file of the pair is no longer what it was at the start."""
-        pair = self.pairs[number]
-        if _stamp(pair) != self.stamps[number]:
-            raise UserError(
-                f"{pair.name}: a file of this pair ({pair.label}) changed during the run"
-            )
+    def discard(self) -> None:
+        """Leave nothing behind of a cache that was not finished."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
-    def _forget(self) -> None:
-        self._kept: dict[int, Tensor] = {}  # the one used last stands last
-        self._kept_bytes = 0
+    def _write(self, start: int, data: np.ndarray) -> None:
+        if self._path is None:
+            self._memory.numpy()[start : start + data.size] = data.ravel()
+            return
+        with self._lock:
+            self._file.seek(start)
+            self._file.write(data.data)
+            self._file.flush()
 
-
-class CachedSource(Source):
-    """Pairs decoded before, from a file that is mapped into memory or from memory itself.
-
-    Args:
-        files: what was decoded.
-        pixels: the file, or (bytes,) uint8.
-    """
-
-    def __init__(self, files: FileSource, pixels: Path | Tensor) -> None:
-        self.pairs, self.coding, self.sizes = files.pairs, files.coding, files.sizes
-        self.num_planes = files.num_planes
-        self._offsets = _offsets(files)
-        self._pixels = pixels
-        self._mapped: Tensor | None = self._map()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a file is mapped anew by each process; torch passes memory on without copying it
-        return {**self.__dict__, "_mapped": None}
-
-    def planes(self, number: int) -> Tensor:
-        """Return a whole pair (P, H, W)."""
-        self._mapped = mapped = self._map() if self._mapped is None else self._mapped
-        start, end = self._offsets[number : number + 2]
-        return mapped[start:end].view(self.num_planes, *self.sizes[number])
-
-    def _map(self) -> Tensor:
-        if isinstance(self._pixels, Tensor):
-            return self._pixels
-        try:
-            return torch.from_file(
-                str(self._pixels), shared=False, size=self._offsets[-1], dtype=torch.uint8
-            )
-        except RuntimeError as error:
-            raise UserError(f"{self._pixels}: cannot be mapped ({error}); delete it") from None
+    def _read(self, start: int, end: int) -> Bytes:
+        if self._path is None:
+            return self._memory.numpy()[start:end]
+        with self._lock:
+            self._file.seek(start)
+            return np.frombuffer(self._file.read(end - start), np.uint8)
 
 
-class Subset(Source):
-    """Some pairs of a source.
+class _Store:
+    """The folder of the caches: finds them, makes room for them, fills them under a lock.
 
     Args:
-        source: all of them.
-        numbers: of those to take, in this order.
+        cache: see `open_source`.
+        folder: of the caches.
+        max_gb: of all caches in it.
     """
 
-    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
-        self.pairs = tuple(source.pairs[i] for i in numbers)
-        self.sizes = [source.sizes[i] for i in numbers]
-        self.coding, self.num_planes = source.coding, source.num_planes
-        self.source, self.numbers = source, numbers
+    def __init__(self, cache: str, folder: Path, max_gb: float) -> None:
+        self.cache, self.folder, self.max_bytes = cache, folder, max_gb * 1e9
+        self._held = ExitStack()
+        self._is_locked = False
+        self._promised = 0  # bytes of the caches that are being filled
+        self._refused: set[str] = set()  # caches for which there is no room
 
-    def planes(self, number: int) -> Tensor:
-        """Return a whole pair (P, H, W)."""
-        return self.source.planes(self.numbers[number])
+    def __enter__(self) -> "_Store":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def begin(
+        self,
+        pairs: Sequence[Pair],
+        stamps: Mapping[Path, Stamp],
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        is_lost: bool = False,
+        on_disk: bool = True,
+    ) -> _Build | None:
+        """Return what is to take the decoded pairs; None if a cache is there, or none is wanted.
+
+        Args:
+            pairs: of a split.
+            stamps: of their files.
+            sizes: of the pairs, if they are known.
+            is_lost: the cache that is there is of no use.
+            on_disk: else in memory, as the disk has failed.
+        """
+        if self.cache == "none":
+            return None
+        name = _name(pairs, stamps)
+        may_be_there = self.cache != "ram" and on_disk and not is_lost
+        if may_be_there and self._has(name):
+            return None
+        sizes = sizes or [read_size(pair.label) for pair in pairs]
+        size = offsets_of(pairs, sizes)[-1]
+        if self.cache != "ram" and on_disk:
+            try:
+                self._lock()
+                if may_be_there and self._has(name):  # another process has built it meanwhile
+                    return None
+                self._make_room(name, size)
+                return self._filling(_Build(pairs, sizes, self.folder, name))
+            except OSError as error:
+                self._without_disk(error, size)
+        has_room = size + self._promised + SPARE_BYTES < available_memory()
+        if self.cache == "auto":
+            print("into memory" if has_room else "each pair whenever it is needed")
+        elif not has_room:
+            raise UserError(f"--cache ram: takes {size / 1e9:.1f} GB of memory; try --cache disk")
+        if has_room:
+            return self._filling(_Build(pairs, sizes))
+        self._refused.add(name)
+        return None
+
+    def open(self, files: FileSource, build: _Build | None) -> Source:
+        """Return the pairs: out of their cache, the one that was filled, or one filled now."""
+        on_disk, name = True, _name(files.pairs, files.stamps)
+        if self.cache == "none" or name in self._refused:
+            return files
+        if build is None and self.cache != "ram":
+            with contextlib.suppress(OSError):
+                path = self.folder / f"{name}-{_hash_classes(files.encoding)}.pixels"
+                source = CachedSource(files, path)
+                if source.is_whole():
+                    with contextlib.suppress(OSError):
+                        os.utime(path)  # used now
+                    return source
+        while True:
+            if build is not None and build.pairs == files.pairs:
+                try:
+                    return build.finish(files)
+                except OSError as error:
+                    self._without_disk(error, build.offsets[-1])
+                    on_disk = False
+            build = self.begin(
+                files.pairs,
+                files.stamps,
+                sizes=files.sizes,
+                is_lost=True,
+                on_disk=on_disk,
+            )
+            if build is None:
+                return files
+            _decode_all(files, build)
+
+    def _filling(self, build: _Build) -> _Build:
+        self._promised += build.offsets[-1]
+        self._held.callback(build.discard)
+        return build
+
+    def _has(self, name: str) -> bool:
+        return any(path.is_file() for path in self.folder.glob(f"{name}-*.pixels"))
+
+    def _lock(self) -> None:
+        """Wait for others that fill caches, and sweep up what killed ones have left."""
+        if self._is_locked:
+            return
+        is_alone = self._held.enter_context(locked(self.folder / "lock", PATIENCE))
+        self._is_locked = True
+        for path in self.folder.glob("*.unfinished"):
+            with contextlib.suppress(OSError):
+                # on a drive without locks others may be at work
+                if is_alone or time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+
+    def _without_disk(self, error: OSError, size: int) -> None:
+        reason = f"no cache of {size / 1e9:.1f} GB in {self.folder} ({error.strerror or error})"
+        if self.cache == "disk":
+            raise UserError(f"--cache disk: {reason}; make room, or --cache none") from None
+        print(f"{reason}: decoding ", end="")
+
+    def _make_room(self, name: str, size: int) -> None:
+        """Delete what is dead, superseded, or was used longest ago; raise OSError without room."""
+
+        def caches() -> Iterator[Path]:
+            return self.folder.glob("*.pixels")
+
+        def delete(path: Path) -> None:
+            with contextlib.suppress(OSError):  # Windows keeps files that are in use
+                path.unlink()
+
+        for path in self.folder.glob(f"{name.partition('-')[0]}-*.pixels"):
+            if not path.name.startswith(f"{name}-"):
+                delete(path)
+        needed = size + self._promised
+        for path in sorted(caches(), key=lambda path: path.stat().st_mtime):
+            if sum(other.stat().st_size for other in caches()) + needed <= self.max_bytes:
+                break
+            delete(path)
+        if needed > self.max_bytes:
+            raise OSError(f"more than {self.max_bytes / 1e9:g} GB; --cache-gb sets the limit")
+        free = shutil.disk_usage(self.folder).free
+        if needed + SPARE_BYTES > free:
+            raise OSError(f"{free / 1e9:.1f} GB are free")
 
 
 def open_source(
-    pairs: Sequence[Pair], coding: MaskCoding, *, cache: str = "none", folder: Path
+    pairs: Sequence[Pair],
+    encoding: MaskCoding,
+    *,
+    cache: str = "none",
+    folder: Path,
+    max_gb: float = MAX_GB,
 ) -> Source:
     """Open the pairs of a split, and decode them first if they are to be cached.
 
     Args:
         pairs: the files.
-        coding: of the labels.
+        encoding: of the labels.
         cache: "disk": a file in `folder`. "ram": memory, anew at each start. "none": decode again
             and again. "auto": the first of these for which there is room.
         folder: of the caches.
+        max_gb: of all caches in it.
 
     Raises:
         UserError: a file cannot be decoded, or there is no room for the cache that was asked for.
     """
-    files = FileSource(pairs, coding)
-    size = _offsets(files)[-1]
-    if cache in ("auto", "disk"):
-        try:
-            return CachedSource(files, _cache_file(files, folder))
-        except OSError as error:
-            reason = f"no cache of {size / 1e9:.1f} GB in {folder} ({error.strerror or error})"
-            if cache == "disk":
-                raise UserError(f"--cache disk: {reason}; make room, or --cache none") from None
-            print(f"{reason}: decoding ", end="")
-    has_room = size + SPARE_BYTES < available_memory()
-    if cache == "auto":
-        print("into memory" if has_room else "each pair whenever it is needed")
-    if cache == "ram" and not has_room:
-        raise UserError(f"--cache ram: takes {size / 1e9:.1f} GB of memory; try --cache disk")
-    if cache == "none" or not has_room:
-        return files
-    pixels = torch.empty(size, dtype=torch.uint8)
-    offsets = _offsets(files)
-
-    def keep(number: int, planes: Tensor) -> None:
-        pixels[offsets[number] : offsets[number + 1]] = planes.flatten()
-
-    _decode_all(files, keep)
-    return CachedSource(files, pixels)
+    files = FileSource(pairs, encoding)
+    with _Store(cache, folder, max_gb) as store:
+        build = store.begin(files.pairs, files.stamps, sizes=files.sizes)
+        if build is not None:
+            _decode_all(files, build)
+        return store.open(files, build)
 
 
-def _cache_file(files: FileSource, folder: Path) -> Path:
-    """Return the file with the decoded pairs, built if need be.
+def open_splits(
+    layout: Layout,
+    classes: Classes,
+    splits: Sequence[str],
+    *,
+    cache: str = "none",
+    folder: Path,
+    max_gb: float = MAX_GB,
+    crop_size: int = 256,
+    skip_broken: bool = False,
+) -> tuple[DataSummary, dict[str, Source]]:
+    """Check a dataset and open some of its splits; each file is decoded once at the most.
+
+    Args:
+        layout: the pairs of all splits: all are checked.
+        classes: what is known of the labels' classes.
+        splits: which to open.
+        cache: see `open_source`.
+        folder: of the caches, and of what is known of files from earlier starts.
+        max_gb: of all caches in the folder.
+        crop_size: side of the patches that are counted.
+        skip_broken: leave out pairs with a fault instead of raising.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: as `check` and `open_source`.
     """
-    identity = [str(path.resolve()) for pair in files.pairs for path in pair.files]
-    name = _hash((identity, files.coding.values, files.coding.colors, files.sizes))
-    path = folder / f"{name}-{_hash((files.stamps, files.sizes))}.pixels"
-    size = _offsets(files)[-1]
-    if not _is_whole(path, size):
-        with locked(folder / "lock", PATIENCE):
-            if not _is_whole(path, size):  # another process may have built it meanwhile
-                _make_room(folder, name, size)
-                _build(files, path, size)
-    with contextlib.suppress(OSError):
-        os.utime(path)  # used now
-    return path
+    builds: dict[str, _Build | None] = {}
+    with _Store(cache, folder, max_gb) as store:
+
+        def begin(stamps: Mapping[Path, Stamp]) -> dict[str, Keep]:
+            for split in splits:
+                pairs = layout.splits[split]
+                with contextlib.suppress(KeyError, UserError):
+                    builds[split] = store.begin(pairs, stamps)
+            return {split: build.put for split, build in builds.items() if build}
+
+        checked = check(
+            layout, classes, crop_size=crop_size, memo=folder, begin=begin, skip_broken=skip_broken
+        )
+        sources = {
+            split: store.open(
+                FileSource(
+                    checked.layout.splits[split],
+                    checked.encoding,
+                    stamps=checked.stamps,
+                    sizes=checked.sizes,
+                ),
+                builds.get(split),
+            )
+            for split in splits
+        }
+    return checked, sources
 
 
-def _build(files: FileSource, path: Path, size: int) -> None:
-    beside = path.with_suffix(".unfinished")
-    offsets = _offsets(files)
-
-    def write(number: int, planes: Tensor) -> None:
-        with beside.open("r+b") as file:
-            file.seek(offsets[number])
-            file.write(planes.numpy().data)
-
-    try:
-        with beside.open("wb") as empty:
-            empty.truncate(size)
-        _decode_all(files, write)
-        with beside.open("r+b") as whole:
-            os.fsync(whole.fileno())
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def _decode_all(files: FileSource, keep: Callable[[int, Tensor], None]) -> None:
+def _decode_all(files: FileSource, build: _Build) -> None:
     """Decode every pair once, in threads: Pillow decodes without the GIL."""
 
     def decode(number: int) -> None:
-        planes = files.decode(number)
         files.check_unchanged(number)
-        keep(number, planes)
+        arrays = files.read_files(number)
+        files.check_unchanged(number)
+        build.put(files.pairs[number], arrays)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         done = pool.map(decode, range(len(files)))
@@ -307,47 +403,16 @@ def _decode_all(files: FileSource, keep: Callable[[int, Tensor], None]) -> None:
             raise
 
 
-def _make_room(folder: Path, name: str, size: int) -> None:
-    """Delete what is dead, superseded, or was used longest ago; raise OSError without room."""
-
-    def caches() -> Iterator[Path]:
-        return folder.glob("*.pixels")
-
-    def delete(path: Path) -> None:
-        with contextlib.suppress(OSError):  # Windows keeps files that are in use
-            path.unlink()
-
-    for path in (*folder.glob("*.unfinished"), *folder.glob(f"{name}-*.pixels")):
-        delete(path)
-    for path in sorted(caches(), key=lambda path: path.stat().st_mtime):
-        if sum(other.stat().st_size for other in caches()) + size <= MAX_BYTES:
-            break
-        delete(path)
-    if size > MAX_BYTES:
-        raise OSError(f"more than {MAX_BYTES / 1e9:.0f} GB")
-    free = shutil.disk_usage(folder).free
-    if size + SPARE_BYTES > free:
-        raise OSError(f"{free / 1e9:.1f} GB are free")
+def _name(pairs: Sequence[Pair], stamps: Mapping[Path, Stamp]) -> str:
+    """Return the name of the cache of these files as they are now, without <classes>."""
+    paths = [path for pair in pairs for path in pair.files]
+    identity = [str(path.absolute()) for path in paths]
+    return f"{_hash(identity)}-{_hash([stamps[path] for path in paths])}"
 
 
-def _is_whole(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def _offsets(files: FileSource) -> list[int]:
-    """Return where each pair begins in the cache, and behind the last its end."""
-    lengths = [files.num_planes * h * w for h, w in files.sizes]
-    return [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+def _hash_classes(encoding: MaskCoding) -> str:
+    return _hash((encoding.values, encoding.colors))
 
 
 def _hash(content: object) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def _stamp(pair: Pair) -> Stamp:
-    """Tell whether the files of a pair are still the same: (bytes, time of change) of each."""
-    try:
-        stats = [path.stat() for path in pair.files]
-    except OSError as error:
-        raise UserError(f"{error.filename}: is gone ({error.strerror})") from None
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,15 +1,17 @@
 """Read a whole dataset once before training, name every fault at once, and sum it up.
 
-What was found is remembered by (path, size, time of change), so that a second start is instant.
+What was found is remembered (`memo.py`), so that a second start is instant. Where a cache is to be
+filled, it takes the pixels that are decoded here: no file is decoded twice.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ from tqdm import tqdm
 from pairs.images import Bytes, is_lossy, read_image, read_label
 from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
 from pairs.layouts import Layout, Pair, listing
+from pairs.memo import Memo, Stamp, stamp_of
 from runtime.errors import UserError, visible
 
-MAX_FILES = 100_000  # in the memo
-MAX_KINDS = 4  # of records of one file in it
+# Takes a decoded pair: images (H, W, 3), and labels (H, W) as their files write them
+Keep = Callable[[Pair, Sequence[Bytes]], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class FileRecord:
         pixels: of a label, the number of pixels of each value.
         uniform: of a label, the number of grid patches that hold one value alone, by value.
         outline: of a label, the digest of where it holds the value of class 0.
+        is_lossy: of a label, whether it carries JPEG's noise.
         fault: why it cannot be used.
     """
 
@@ -42,6 +46,7 @@ class FileRecord:
     pixels: dict[int, int] = field(default_factory=dict)
     uniform: dict[int, int] = field(default_factory=dict)
     outline: str = ""
+    is_lossy: bool = False
     fault: str = ""
 
 
@@ -60,22 +65,35 @@ class SplitSummary:
         """Share of the counted pixels that are not class 0."""
         return sum(self.class_pixels[1:]) / max(1, sum(self.class_pixels))
 
+    @property
+    def holds_change(self) -> bool:
+        """Whether a score of it can tell a good model from one that never sees a change."""
+        return any(self.class_pixels[1:])
+
 
 @dataclass(frozen=True)
 class DataSummary:
     """A dataset that may be trained on.
 
     Attributes:
-        coding: what the label values mean.
+        layout: its pairs, without those that were left out.
+        encoding: what the label values mean.
         splits: numbers by split.
         warnings: what is odd but may be meant.
         fingerprint: of names and pixels; tells on resuming whether the data is the same.
+        skipped: why pairs were left out, one line a fault.
+        stamps: of every file, as it was when it was read.
+        sizes: (height, width) of every pair.
     """
 
-    coding: MaskCoding
+    layout: Layout
+    encoding: MaskCoding
     splits: dict[str, SplitSummary]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
     fingerprint: str = ""
+    skipped: tuple[str, ...] = ()
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
+    sizes: Mapping[Pair, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def table(self) -> str:
         """Return a small table: pairs, sizes, share of change, share of empty patches."""
@@ -96,186 +114,184 @@ def check(
     *,
     crop_size: int = 256,
     memo: Path | None = None,
+    begin: Callable[[Mapping[Path, Stamp]], Mapping[str, Keep]] | None = None,
+    skip_broken: bool = False,
 ) -> DataSummary:
-    """Read every file of every split.
+    """Read every file of every split that has changed since it was last read.
 
     Args:
         layout: the pairs.
         classes: what is known of the labels' classes.
         crop_size: side of the patches that are counted.
-        memo: a JSON file to remember results in; not writable is no fault.
+        memo: a folder to remember results in; not writable is no fault.
+        begin: takes the stamps of all files that are there, and returns by split what takes each of
+            its pairs when it is decoded, called in threads; such pairs are decoded in any case.
+        skip_broken: leave out pairs with a fault instead of raising.
 
     Raises:
         UserError: lists every fault: unreadable files, sizes that differ within a pair, label
             values that are no class.
     """
-    pairs = [pair for split in layout.splits.values() for pair in split]
-    jpeg_coding = MaskCoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
-    first_value = classes.values[0] if classes.values else 0
-
-    def inspect_image(path: Path) -> FileRecord:
-        image = read_image(path)
-        return FileRecord(image.shape[:2], _digest(image))
-
-    def inspect_label(path: Path) -> FileRecord:
-        raw = read_label(path, classes.colors)
-        label_values(raw, path)
-        if is_lossy(path):
-            raw = np.array(jpeg_coding.values, dtype=np.uint8)[jpeg_coding.decode(raw, path)]
-        outline = _digest(np.packbits(raw == first_value))
-        return FileRecord(
-            raw.shape, _digest(raw), _count(raw), _count_uniform(raw, crop_size), outline
-        )
-
-    images = [path for pair in pairs for path in (pair.before, pair.after)]
-    with _Memo(memo) as known:
-        records = known.inspect(images, inspect_image, "image")
-        kind = f"label {classes.num_labels} {first_value} {crop_size} {classes.colors or ''}"
-        labels = known.inspect([p for pair in pairs for p in pair.labels], inspect_label, kind)
-    records |= labels
-    faults = [record.fault for record in records.values() if record.fault]
-    faults += [fault for pair in pairs for fault in _size_faults(pair, records)]
-    if faults:
-        raise UserError(listing(f"{layout.root}: {len(faults)} faults in the data", sorted(faults)))
-
-    examples = {value: path for path, record in labels.items() for value in record.pixels}
-    coding = choose_mask_coding(examples, classes, examples)
-    splits = {
-        name: _summarize(split, labels, coding, crop_size) for name, split in layout.splits.items()
-    }
-    warnings = [
-        f"the {name} split holds {'no change' if share == 0 else 'nothing but change'}: "
-        "its scores will say little"
-        for name, summary in splits.items()
-        if (share := summary.change_share) in (0, 1)
-    ]
-    if jpegs := sum(is_lossy(path) for path in labels):
-        warnings.append(f"{jpegs} labels are JPEGs: their noise is snapped to {coding.values}")
-    if disagreeing := [p for p in pairs if len({labels[path].outline for path in p.labels}) > 1]:
-        warnings.append(
-            f"{len(disagreeing)} pairs have labels that disagree on where anything changed; such "
-            f"pixels are ignored ({disagreeing[0].label}, ...)"
-        )
-    warnings += _twins(layout, records)
-    content = [
-        (name, pair.name, *(records[path].digest for path in pair.files))
-        for name, split in layout.splits.items()
+    reader = _Reader(classes, crop_size, Memo(memo, layout.root))
+    records = reader.read(layout, begin)
+    faults = {
+        pair: found
+        for split in layout.splits.values()
         for pair in split
-    ]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    return DataSummary(coding, splits, tuple(warnings), fingerprint)
+        if (found := _faults(pair, records))
+    }
+    if skip_broken:
+        faults |= _strange_labels(layout, classes, records, faults)
+    lines = sorted({line for found in faults.values() for line in found})
+    if lines and not skip_broken:
+        headline = f"{layout.root}: {len(lines)} faults in the data (--skip-broken leaves them out)"
+        raise UserError(listing(headline, lines))
+    if faults:
+        layout = _without(layout, faults)
+
+    labels = [path for split in layout.splits.values() for pair in split for path in pair.labels]
+    examples = {value: path for path in labels for value in records[path].pixels}
+    encoding = choose_mask_coding(examples, classes, examples)
+    splits = {
+        name: _summarize(split, records, encoding, crop_size)
+        for name, split in layout.splits.items()
+    }
+    return DataSummary(
+        layout,
+        encoding,
+        splits,
+        warnings=tuple(_warnings(layout, splits, records, encoding)),
+        fingerprint=_fingerprint(layout, records),
+        skipped=tuple(lines),
+        stamps=reader.stamps,
+        sizes={pair: records[pair.label].size for s in layout.splits.values() for pair in s},
+    )
 
 
-def show(summary: DataSummary, layout: Layout) -> None:
+def show(summary: DataSummary) -> None:
     """Print what there is, and what is odd about it."""
+    layout = summary.layout
     print(f"data    {layout.root} ({layout.description})\n{summary.table()}")
-    for warning in summary.warnings:
+    notes = [*layout.notes, *summary.warnings]
+    if summary.skipped:
+        notes.append(listing(f"{len(summary.skipped)} faults, pairs left out", summary.skipped))
+    for warning in notes:
         print(f"warning: {visible(warning)}")
 
 
-class _Memo:
-    """Records kept from one start to the next; a memo that cannot be read or written is no loss.
+class _Reader:
+    """Reads files that are not in the memo, in threads: Pillow decodes without the GIL."""
 
-    {path: {kind: {"stamp": [bytes, time of change], ..., "sum": check sum}}}, last used last
-    """
+    def __init__(self, classes: Classes, crop_size: int, memo: Memo) -> None:
+        self.classes, self.crop_size, self.memo = classes, crop_size, memo
+        self.jpeg_coding = MaskCoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
+        self.first_value = classes.values[0] if classes.values else 0
+        self.label_kind = (
+            f"label {classes.num_labels} {self.first_value} {crop_size} {classes.colors or ''}"
+        )
+        self.stamps: dict[Path, Stamp] = {}
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.known: dict[str, dict[str, dict]] = {}
-        self.is_new = False
-
-    def __enter__(self) -> "_Memo":
-        if self.path is not None:
-            try:
-                self.known = dict(json.loads(self.path.read_text("utf-8")))
-            except (OSError, ValueError, TypeError, RecursionError):
-                self.known = {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.path is None or not self.is_new:
-            return
-        for gone in [path for path in self.known if not Path(path).exists()]:
-            del self.known[gone]
-        kept = dict(list(self.known.items())[-MAX_FILES:])
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(kept), "utf-8")
-            beside.replace(self.path)
-        except OSError:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-
-    def inspect(
-        self, paths: Sequence[Path], look: Callable[[Path], FileRecord], kind: str
+    def read(
+        self,
+        layout: Layout,
+        begin: Callable[[Mapping[Path, Stamp]], Mapping[str, Keep]] | None = None,
     ) -> dict[Path, FileRecord]:
-        """Look at every file that is not known yet, in threads: Pillow decodes without the GIL."""
-        stamps = {path: _stamp(path) for path in paths}
-        records = {}
-        for path, stamp in stamps.items():
-            try:
-                known = self.known[str(path.resolve())][kind]
-                if known["stamp"] == stamp and known["sum"] == _sum(
-                    str(path.resolve()), kind, known
-                ):
-                    records[path] = _from_json(known)
-                    self._keep(path, kind, known)
-            except (AttributeError, LookupError, TypeError, ValueError):
-                continue
-        new = [path for path in paths if path not in records]
+        """Return what every file shows; hand the pairs of some splits on as they are decoded."""
+        records: dict[Path, FileRecord] = {}
+        for pair in (pair for split in layout.splits.values() for pair in split):
+            for path in pair.files:
+                if path not in self.stamps and path not in records:
+                    try:
+                        self.stamps[path] = stamp_of(path)
+                    except UserError as error:
+                        records[path] = FileRecord(fault=str(error))
+                        continue
+                    found = self.memo.get(path, self._kind(pair, path), self.stamps[path])
+                    if found is not None:
+                        records[path] = _from_json(found)
+        keep = begin(self.stamps) if begin else {}
+        jobs = list(self._jobs(layout, keep, records))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            looked = pool.map(lambda path: _try(look, path), new)
-            name = f"checking {kind.split(maxsplit=1)[0]}s"
-            bar = tqdm(looked, name, len(new), disable=None, leave=False, delay=1)
+            done = pool.map(lambda job: job(), jobs)
             try:
-                for path, record in zip(new, bar, strict=True):
-                    records[path] = record
-                    if not record.fault:
-                        new_record = {"stamp": stamps[path], **asdict(record)}
-                        new_record["sum"] = _sum(str(path.resolve()), kind, new_record)
-                        self._keep(path, kind, new_record)
-                        self.is_new = True
+                for new in tqdm(done, "reading", len(jobs), disable=None, leave=False, delay=1):
+                    for (path, kind), record in new.items():
+                        records[path] = record
+                        if not record.fault:
+                            self.memo.put(path, kind, self.stamps[path], asdict(record))
             except BaseException:  # Ctrl-C: leave now, not after the files that are queued
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        self.memo.save()
         return records
 
-    def _keep(self, path: Path, kind: str, record: dict) -> None:
-        kinds = self.known.pop(str(path.resolve()), {})
-        kinds = dict(kinds) if isinstance(kinds, dict) else {}
-        kinds.pop(kind, None)
-        self.known[str(path.resolve())] = dict([*kinds.items(), (kind, record)][-MAX_KINDS:])
+    def _jobs(
+        self, layout: Layout, keep: Mapping[str, Keep], records: Mapping[Path, FileRecord]
+    ) -> Iterator[Callable[[], dict[tuple[Path, str], FileRecord]]]:
+        """What to decode: whole pairs where they are kept, else the files that are not known."""
+        seen = set(records)
+        for name, split in layout.splits.items():
+            for pair in split:
+                new = [path for path in pair.files if path not in seen]
+                seen.update(new)
+                if name in keep and all(path in self.stamps for path in pair.files):
+                    yield partial(self._read, pair, pair.files, new, keep[name])
+                elif new:
+                    yield partial(self._read, pair, new, new, None)
 
+    def _read(
+        self, pair: Pair, paths: Sequence[Path], new: Sequence[Path], keep: Keep | None
+    ) -> dict[tuple[Path, str], FileRecord]:
+        """Decode some files of a pair, look at the new ones, and hand all of them on."""
+        found, arrays = {}, []
+        for path in paths:
+            try:
+                array = self._decode(pair, path)
+                record = self._inspect(pair, path, array) if path in new else None
+                if stamp_of(path) != self.stamps[path]:
+                    raise UserError(f"{path}: changed while it was read; start again")
+                arrays.append(array)
+            except UserError as error:
+                record = FileRecord(fault=str(error))
+            if record is not None:
+                found[path, self._kind(pair, path)] = record
+        is_whole = len(arrays) == len(paths) and len({array.shape[:2] for array in arrays}) == 1
+        if keep and is_whole:
+            keep(pair, arrays)
+        return found
 
-def _stamp(path: Path) -> list[int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
+    def _kind(self, pair: Pair, path: Path) -> str:
+        return self.label_kind if path in pair.labels else "image"
 
+    def _decode(self, pair: Pair, path: Path) -> Bytes:
+        return read_label(path, self.classes.colors) if path in pair.labels else read_image(path)
 
-def _try(look: Callable[[Path], FileRecord], path: Path) -> FileRecord:
-    try:
-        return look(path)
-    except UserError as error:
-        return FileRecord(fault=str(error))
+    def _inspect(self, pair: Pair, path: Path, array: Bytes) -> FileRecord:
+        if path not in pair.labels:
+            return FileRecord(array.shape[:2], _digest(array))
+        label_values(array, path)
+        lossy = is_lossy(path)
+        if lossy:
+            snapped = self.jpeg_coding.decode(array, path)
+            array = np.array(self.jpeg_coding.values, dtype=np.uint8)[snapped]
+        return FileRecord(
+            array.shape,
+            _digest(array),
+            _count(array),
+            _count_uniform(array, self.crop_size),
+            _digest(np.packbits(array == self.first_value)),
+            lossy,
+        )
 
 
 def _from_json(record: dict) -> FileRecord:
     pixels, uniform = (
-        {int(value): int(count) for value, count in record[name].items()}
+        {int(value): count for value, count in record[name].items()}
         for name in ("pixels", "uniform")
     )
     height, width = record["size"]
-    return FileRecord((height, width), record["digest"], pixels, uniform, record["outline"])
-
-
-def _sum(path: str, kind: str, record: dict) -> str:
-    """Return what tells a damaged record: a wrong digest in it would be another dataset."""
-    content = {name: value for name, value in record.items() if name != "sum"}
-    return hashlib.blake2b(json.dumps([path, kind, content]).encode(), digest_size=8).hexdigest()
+    rest = record["outline"], record["is_lossy"]
+    return FileRecord((height, width), record["digest"], pixels, uniform, *rest)
 
 
 def _digest(array: Bytes) -> str:
@@ -297,17 +313,89 @@ def _count_uniform(raw: Bytes, side: int) -> dict[int, int]:
     return found
 
 
-def _size_faults(pair: Pair, records: dict[Path, FileRecord]) -> list[str]:
+def _faults(pair: Pair, records: Mapping[Path, FileRecord]) -> list[str]:
+    """Say what is wrong with the files of a pair: unreadable, or not of one size."""
     label = records[pair.label]
-    return [
+    unreadable = [records[path].fault for path in pair.files if records[path].fault]
+    return unreadable + [
         f"{path}: {_text(records[path].size)}, but its label {pair.label} is {_text(label.size)}"
         for path in (pair.before, pair.after, *pair.labels[1:])
         if not records[path].fault and not label.fault and records[path].size != label.size
     ]
 
 
+def _strange_labels(
+    layout: Layout,
+    classes: Classes,
+    records: Mapping[Path, FileRecord],
+    broken: Collection[Pair],
+) -> dict[Pair, list[str]]:
+    """Name the labels with values that are no class, as long as they are few.
+
+    The values of the fewest pairs are given up first, until those that are left mean something.
+    """
+    pairs = [p for split in layout.splits.values() for p in split if p not in broken]
+    values = {pair: {v for p in pair.labels for v in records[p].pixels} for pair in pairs}
+    strange: dict[Pair, list[str]] = {}
+    while True:
+        left = Counter(v for pair, found in values.items() if pair not in strange for v in found)
+        try:
+            choose_mask_coding(left, classes)
+        except UserError:
+            rarest = min(left, key=left.__getitem__, default=None)
+            given_up = [pair for pair in pairs if rarest in values[pair] and pair not in strange]
+            if rarest is None or 2 * (len(strange) + len(given_up)) > len(pairs):
+                return {}  # it is not a few labels that are wrong: the error will list all values
+            for pair in given_up:
+                strange[pair] = [f"{pair.label}: holds the value {rarest}, which is no class"]
+        else:
+            return strange
+
+
+def _without(layout: Layout, broken: Collection[Pair]) -> Layout:
+    splits = {
+        name: tuple(pair for pair in split if pair not in broken)
+        for name, split in layout.splits.items()
+    }
+    for name, split in splits.items():
+        if not split:
+            raise UserError(f"{layout.root}: every pair of the {name} split has a fault")
+    return replace(layout, splits=splits)
+
+
+def _warnings(
+    layout: Layout,
+    splits: Mapping[str, SplitSummary],
+    records: Mapping[Path, FileRecord],
+    encoding: MaskCoding,
+) -> Iterator[str]:
+    for name, summary in splits.items():
+        if not summary.holds_change:
+            yield f"the {name} split holds no change: its scores will say little"
+        elif summary.change_share == 1:
+            yield f"the {name} split holds nothing but change: its scores will say little"
+    pairs = [pair for split in layout.splits.values() for pair in split]
+    if jpegs := sum(records[path].is_lossy for pair in pairs for path in pair.labels):
+        yield f"{jpegs} labels are JPEGs: their noise is snapped to {encoding.values}"
+    if disagreeing := [p for p in pairs if len({records[path].outline for path in p.labels}) > 1]:
+        yield (
+            f"{len(disagreeing)} pairs have labels that disagree on where anything changed; such "
+            f"pixels are ignored ({disagreeing[0].label}, ...)"
+        )
+    yield from _twins(layout, records)
+
+
+def _fingerprint(layout: Layout, records: Mapping[Path, FileRecord]) -> str:
+    content = [
+        (name, pair.name, *(records[path].digest for path in pair.files))
+        for name, split in layout.splits.items()
+        for pair in split
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def _summarize(
-    split: Sequence[Pair], records: dict[Path, FileRecord], coding: MaskCoding, side: int
+    split: Sequence[Pair], records: Mapping[Path, FileRecord], encoding: MaskCoding, side: int
 ) -> SplitSummary:
     labels = [records[pair.label] for pair in split]
     all_labels = [records[path] for pair in split for path in pair.labels]
@@ -315,12 +403,12 @@ def _summarize(
         pairs=len(labels),
         sizes=tuple(sorted({label.size for label in labels})),
         patches=sum(-(-h // side) * -(-w // side) for h, w in (label.size for label in labels)),
-        empty_patches=sum(label.uniform.get(coding.values[0], 0) for label in labels),
-        class_pixels=tuple(sum(r.pixels.get(v, 0) for r in all_labels) for v in coding.values),
+        empty_patches=sum(label.uniform.get(encoding.values[0], 0) for label in labels),
+        class_pixels=tuple(sum(r.pixels.get(v, 0) for r in all_labels) for v in encoding.values),
     )
 
 
-def _twins(layout: Layout, records: dict[Path, FileRecord]) -> list[str]:
+def _twins(layout: Layout, records: Mapping[Path, FileRecord]) -> list[str]:
     """Name the images that lie in two splits: a score on them is no score."""
     seen: dict[str, tuple[str, Path]] = {}
     found = []

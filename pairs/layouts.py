@@ -14,7 +14,7 @@ import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +70,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset's pairs by split ("train", "val", perhaps "test"), each sorted by name."""
+    """A dataset's pairs by split ("train", "val", perhaps "test"), each sorted by name.
+
+    `notes` say what was passed over.
+    """
 
     root: Path
     description: str
     splits: dict[str, tuple[Pair, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def find_pairs(root: str | Path, task: str = "change") -> Layout:
@@ -284,7 +288,7 @@ def _split_by_scene(pairs: tuple[Pair, ...]) -> tuple[tuple[Pair, ...], tuple[Pa
     return tuple(p for p in pairs if not is_val(p)), tuple(p for p in pairs if is_val(p))
 
 
-def listing(headline: str, faults: list[str]) -> str:
+def listing(headline: str, faults: Sequence[str]) -> str:
     """Put every fault on a line under a headline, or the first twenty and a count."""
     shown = [f"  {fault}" for fault in faults[:MAX_LISTED]]
     if len(faults) > MAX_LISTED:

@@ -105,8 +105,10 @@ def _sweep(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, patience: float = 60) -> Iterator[None]:
+def locked(path: Path, patience: float = 60) -> Iterator[bool]:
     """Hold a lock between processes; the system frees it when its holder dies.
+
+    It gives whether the lock is real: some network drives have none, and then nobody waits.
 
     Raises:
         TimeoutError: another process has held it for `patience` seconds.
@@ -114,19 +116,20 @@ def locked(path: Path, patience: float = 60) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         deadline = time.monotonic() + patience
-        while not _try_lock(file.fileno()):
+        while (is_real := _try_lock(file.fileno())) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path} has been locked for {patience:.0f} s")
             time.sleep(0.05)
         try:
-            yield
+            yield is_real
         finally:
             if sys.platform == "win32":  # elsewhere closing is enough
                 file.seek(0)
                 msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool | None:
+    """Return True with a lock, False where the drive has none, None if another has it."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -134,9 +137,9 @@ def _try_lock(descriptor: int) -> bool:
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        return None
+    except OSError:
         return False
-    except OSError:  # some network drives have no locks: then without
-        return True
     return True
 
 

@@ -1,6 +1,6 @@
 """What may be wrong with the later date: shift, light, contrast, blur, JPEG, rotation.
 
-    planes    (P, H, W) uint8      as `sources.py` has them: before, after, one or two label maps
+    channels    (P, H, W) uint8      as `sources.py` has them: before, after, one or two label maps
     after     (3, H, W) uint8      is what is corrupted
     valid     (H, W) bool          False where the corrupted image shows nothing of the real one
 
@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from pairs.cache import Source
 from pairs.images import IGNORE
+from pairs.sources import Source
 
 # (after, level, number of the pair) -> (after, valid)
 Corrupt = Callable[[Tensor, float, int], tuple[Tensor, Tensor | None]]
@@ -125,17 +125,17 @@ class CorruptedSource(Source):
 
     def __init__(self, source: Source, corruption: Corruption, level: float) -> None:
         self.pairs, self.sizes = source.pairs, source.sizes
-        self.coding, self.num_planes = source.coding, source.num_planes
+        self.encoding, self.num_channels = source.encoding, source.num_channels
         self.source, self.corrupt, self.level = source, corruption.corrupt, level
         self._last: tuple[int, Tensor] | None = None  # sixteen patches of a pair come in a row
 
-    def planes(self, number: int) -> Tensor:
+    def channels(self, number: int) -> Tensor:
         """Return a whole pair (P, H, W)."""
         if self._last is None or self._last[0] != number:
-            planes = self.source.planes(number).clone()
-            after, valid = self.corrupt(planes[3:6], self.level, number)
-            planes[3:6] = after
+            channels = self.source.channels(number).clone()
+            after, valid = self.corrupt(channels[3:6], self.level, number)
+            channels[3:6] = after
             if valid is not None:
-                planes[6:, ~valid] = IGNORE
-            self._last = number, planes
+                channels[6:, ~valid] = IGNORE
+            self._last = number, channels
         return self._last[1]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from metrics import Confusion, build_confusion
-from pairs.cache import Source, Subset
+from pairs.sources import Source, Subset
 from runtime.distributed import gather, rank, share
 from scoring.corruptions import CORRUPTIONS, CorruptedSource
 from scoring.counts import (

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from metrics import SemanticConfusion
-from pairs.cache import Source
+from pairs.sources import Source
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import CALIBRATION_BINS, NUM_BINS, change_iou
 from scoring.evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
@@ -144,12 +144,12 @@ def plot_worst(result: ProtocolResult, source: Source, title: str) -> Figure:
     """Draw the pairs with the most wrong pixels, the worst first."""
     samples, predictions, names = [], [], []
     for number, prediction in result.worst:
-        planes = source.planes(number)
-        samples.append((planes[:3], planes[3:6], planes[6:].squeeze(0)))
+        channels = source.channels(number)
+        samples.append((channels[:3], channels[3:6], channels[6:].squeeze(0)))
         predictions.append(torch.from_numpy(prediction.classes))
         wrong = result.counts.images[number].num_wrong(DEFAULT)
         names.append(f"{_end(source.pairs[number].name)}\n{_amount(wrong)} px wrong")
-    return prediction_grid(samples, predictions, source.coding, title=title, names=names)
+    return prediction_grid(samples, predictions, source.encoding, title=title, names=names)
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

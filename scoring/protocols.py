@@ -20,7 +20,7 @@ from torch import Tensor
 from dataset import PATCH_SIZE, ChangeDataset, make_loader
 from model import SiameseUNet
 from networks.sliding_window import OVERLAP, WINDOW, predict_logits
-from pairs.cache import Source
+from pairs.sources import Source
 from runtime.devices import Precision
 from runtime.errors import UserError
 from scoring.counts import Bytes, Prediction
@@ -122,24 +122,24 @@ class Predictor:
 
     def _whole(self, source: Source) -> Iterator[Predicted]:
         for number in range(len(source)):
-            planes = source.planes(number)
-            batch = self._forward(planes[None, :3], planes[None, 3:6])
-            yield _only(batch), planes[6:].numpy()
+            channels = source.channels(number)
+            batch = self._forward(channels[None, :3], channels[None, 3:6])
+            yield _only(batch), channels[6:].numpy()
 
     def _sliding(self, source: Source) -> Iterator[Predicted]:
         for number in range(len(source)):
-            planes = source.planes(number)
+            channels = source.channels(number)
             logits = predict_logits(
                 self.model,
-                planes[:3],
-                planes[3:6],
+                channels[:3],
+                channels[3:6],
                 window=self.window,
                 overlap=self.overlap,
                 batch_size=self.batch_size,
                 amp=self.amp,
             )
             batch = Prediction.of_logits(logits[None], self.model.task)
-            yield _only(batch), planes[6:].numpy()
+            yield _only(batch), channels[6:].numpy()
 
     @torch.no_grad()
     def _forward(self, before: Tensor, after: Tensor) -> Prediction:

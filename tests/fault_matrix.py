@@ -27,6 +27,11 @@ ROWS = {
     "D13": "a file goes or changes during a run: saved, then named; no stale cache",
     "D14": "a split without change, or all of it: said, and no score is NaN",
     "D15": "nothing can be written beside the data: said, and the run goes on",
+    "D19": "files passed over (other endings, subfolders, a fourth folder): counted, named once",
+    "D20": "a pipe, socket, device or link loop with an image's name: refused by name, no hang",
+    "D21": "a file replaced with the same size and time: noticed before its pixels count",
+    "D22": "a cache or memo zeroed or with flipped bits: noticed, made again",
+    "D23": "a drive without locks, two processes building one cache: never a wrong pair",
     # runs
     "R1": "kill -9 at any moment: resumed bit for bit",
     "R2": "kill -9 while a checkpoint is written: the old or the new one is whole",

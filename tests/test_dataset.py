@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
 from pairs.augment import Augment
-from pairs.cache import FileSource
 from pairs.images import IGNORE
 from pairs.labels import MaskCoding
 from pairs.layouts import find_pairs
+from pairs.sources import FileSource
 from runtime.errors import DataFault, UserError
 
 CODING = MaskCoding((0, 255))
@@ -229,10 +229,10 @@ def test_an_error_in_a_worker_is_one_clear_line(tmp_path: Path, num_workers: int
 class Deadly(FileSource):
     """Ends its process, as the system's memory killer or a crash in a decoder does."""
 
-    def planes(self, number: int) -> torch.Tensor:
+    def channels(self, number: int) -> torch.Tensor:
         if number == 3:
             os._exit(3) if self.pairs[0].name == "p0" else os.kill(os.getpid(), signal.SIGKILL)
-        return super().planes(number)
+        return super().channels(number)
 
 
 @pytest.mark.fault("R6")
@@ -285,7 +285,7 @@ def test_open_dataset(tmp_path: Path) -> None:
     assert (
         torch.stack([mask for _, _, mask in map(dataset.__getitem__, range(12))]).sum() == 2 * 256
     )
-    assert open_dataset(str(tmp_path), "train", mask_values=(255, 0)).source.coding.values == (
+    assert open_dataset(str(tmp_path), "train", mask_values=(255, 0)).source.encoding.values == (
         255,
         0,
     )

@@ -246,8 +246,8 @@ def test_images_and_labels(times: int, tmp_path: Path) -> None:
                 assert isinstance(result, np.ndarray) and result.dtype == np.uint8
                 assert result.ndim == (3 if reader is read_image else 2)
         label = read_label(path)
-        coding = choose_mask_coding(set(np.unique(label).tolist()), Classes(1))
-        assert set(np.unique(coding.decode(label, path))) <= {0, 1, 255}
+        encoding = choose_mask_coding(set(np.unique(label).tolist()), Classes(1))
+        assert set(np.unique(encoding.decode(label, path))) <= {0, 1, 255}
 
     endings = st.sampled_from([".png", ".jpg", ".TIF", ".bmp"])
     broken = damaged(*image_files())
@@ -274,11 +274,11 @@ def test_codings(times: int) -> None:
     def choose(drawn: tuple[set[int], int, str, tuple[int, ...] | None, bytes]) -> None:
         found, num_classes, task, asked, content = drawn
         classes = Classes(num_classes, task, values=asked)
-        coding = choose_mask_coding(found, classes)
-        assert isinstance(coding, MaskCoding) and len(coding.values) == classes.num_labels
+        encoding = choose_mask_coding(found, classes)
+        assert isinstance(encoding, MaskCoding) and len(encoding.values) == classes.num_labels
         raw = np.frombuffer(content, np.uint8).reshape(1, -1)
-        decoded = coding.decode(raw, Path("x.png"))
-        assert set(np.unique(decoded)) <= {*range(len(coding.values)), 255}
+        decoded = encoding.decode(raw, Path("x.png"))
+        assert set(np.unique(decoded)) <= {*range(len(encoding.values)), 255}
 
     numbers = st.integers(0, 255)
     some = st.sets(st.one_of(st.sampled_from([0, 1, 2, 128, 254, 255]), numbers), max_size=6)

@@ -24,7 +24,7 @@ from networks import weights as pretrained
 from networks.encoders import ENCODERS
 from networks.fusion import FUSIONS
 from networks.weights import WeightsUnavailableError
-from pairs.cache import FileSource
+from pairs.sources import FileSource
 from pairs.synthetic import sample_set as sample_data
 from pairs.synthetic.sample_set import choose_data
 from runtime.checkpoint import read_checkpoint

@@ -121,8 +121,8 @@ def test_classes_are_named_below_the_grid(task: str) -> None:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     mask = torch.zeros((2, 8, 8) if task == "semantic" else (8, 8), dtype=torch.uint8)
     mask[..., :4, :4] = 2
-    coding = MaskCoding((0, 1, 2), ("none", "road", "building"))
-    figure = prediction_grid([(image, image, mask)] * 2, [mask] * 2, coding)
+    encoding = MaskCoding((0, 1, 2), ("none", "road", "building"))
+    figure = prediction_grid([(image, image, mask)] * 2, [mask] * 2, encoding)
     assert len(figure.axes) == 2 * len(COLUMNS[task])
     words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert {"none", "road", "building", "wrong class"} <= set(words)

@@ -74,10 +74,10 @@ class Results:
         val_set = self.data.val.dataset
         samples = [val_set[i] for i in pick_samples(val_set, SAMPLES)]
         predicted = predict_samples(model, samples, next(model.parameters()).device)
-        coding = val_set.source.coding
-        strip = prediction_grid(samples[:STRIP], predicted[:STRIP], coding, title=title)
+        encoding = val_set.source.encoding
+        strip = prediction_grid(samples[:STRIP], predicted[:STRIP], encoding, title=title)
         self.tracker.log_figure(Path(PICTURE).stem, strip, epoch)
-        figure = prediction_grid(samples, predicted, coding, title=title)
+        figure = prediction_grid(samples, predicted, encoding, title=title)
         picture = self.run.folder / PICTURE
         if self._save(figure, picture):
             self._copy(picture, self.copy)

@@ -191,7 +191,7 @@ class Run:
                 f"{last}: was trained on other images or labels than {data.root} holds now; give "
                 "their folder by --data-dir, or begin a new run without --resume"
             )
-        check_same_classes(state["data"], data.checked.coding, last)
+        check_same_classes(state["data"], data.checked.encoding, last)
         restore(learner.parts(), state, last)
         self.best = {**self.no_best, **state["best"]}
         self.mlflow_run_id = state.get("mlflow_run_id")
@@ -284,10 +284,10 @@ def open_run(
     return Run(*from_rank_0(choose), held)
 
 
-def check_same_classes(saved: Mapping[str, Any], coding: MaskCoding, last: Path) -> None:
+def check_same_classes(saved: Mapping[str, Any], encoding: MaskCoding, last: Path) -> None:
     """Raise UserError if classes are no longer what a run has learned."""
-    learned = (list(saved.get("class_names") or coding.names), list(saved["mask_values"]))
-    now = (list(coding.names), list(coding.values))
+    learned = (list(saved.get("class_names") or encoding.names), list(saved["mask_values"]))
+    now = (list(encoding.names), list(encoding.values))
     if learned != now:
         before, after = (
             ", ".join(f"{name} {value}" for name, value in zip(*classes, strict=False))

@@ -10,8 +10,8 @@ from dataset import PATCH_SIZE, ChangeDataset, PairLoader, make_loader
 from losses import balanced_weights
 from metrics import Confusion, build_confusion
 from pairs.augment import Augment
-from pairs.cache import open_source
-from pairs.check import DataSummary, check, show
+from pairs.cache import open_splits
+from pairs.check import DataSummary, show
 from pairs.labels import Classes
 from pairs.layouts import Layout
 from pairs.synthetic.sample_set import is_sample
@@ -42,17 +42,17 @@ class Data:
 
     def about(self) -> dict[str, Any]:
         """Return what a checkpoint says of it."""
-        coding = self.checked.coding
+        encoding = self.checked.encoding
         return {
             "fingerprint": self.checked.fingerprint,
-            "mask_values": list(coding.values),
-            "class_names": list(coding.names),
-            "class_colors": [list(color) for color in coding.colors or ()],
+            "mask_values": list(encoding.values),
+            "class_names": list(encoding.names),
+            "class_colors": [list(color) for color in encoding.colors or ()],
         }
 
     def confusion(self, device: torch.device) -> Confusion:
         """Return an empty confusion matrix of the classes."""
-        names = self.checked.coding.names
+        names = self.checked.encoding.names
         return build_confusion(self.classes.task, self.classes.num_classes, device, names)
 
     def balanced_weights(self) -> list[float]:
@@ -79,7 +79,7 @@ def open_data(
     Args:
         layout: the pairs of every split.
         classes: what is known of the labels' classes.
-        cache: see `sources.open_source`.
+        cache: see `cache.open_source`.
         cache_dir: where the caches are.
         crop_size: side of a training crop; validation is in patches of `PATCH_SIZE`.
         batch_size: pairs in a batch, of all processes together.
@@ -91,14 +91,14 @@ def open_data(
     Raises:
         UserError: a fault in the data, all of them named.
     """
-    checked = check(layout, classes, crop_size=PATCH_SIZE, memo=cache_dir / "checked.json")
-    show(checked, layout)
+    checked, sources = open_splits(
+        layout, classes, ("train", "val"), cache=cache, folder=cache_dir, crop_size=PATCH_SIZE
+    )
+    show(checked)
 
     def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
-        pairs = layout.splits[split]
-        source = open_source(pairs, checked.coding, cache=cache, folder=cache_dir)
         return make_loader(
-            ChangeDataset(source, crop_size=crop_size, augment=augment, seed=seed),
+            ChangeDataset(sources[split], crop_size=crop_size, augment=augment, seed=seed),
             batch_size,
             shuffle=augment is not None,
             seed=seed,

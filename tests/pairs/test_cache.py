@@ -1,6 +1,7 @@
 """The cache of decoded pairs: the same pixels as the files, never stale, never half there."""
 
 import errno
+import importlib
 import multiprocessing
 import multiprocessing.queues
 import multiprocessing.synchronize
@@ -9,19 +10,21 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import mask_of, picture, save, save_pair
+from data_helpers import Bytes, mask_of, picture, save, save_pair
 from test_dataset import CODING, SIZES, digest
 
 import dataset as datasets
-from pairs import cache as sources
+from pairs import cache as caching
 from pairs.augment import Augment
-from pairs.cache import CachedSource, FileSource, Source, open_source
-from pairs.labels import MaskCoding
-from pairs.layouts import find_pairs
+from pairs.cache import MAX_GB, open_source, open_splits
+from pairs.labels import Classes, MaskCoding
+from pairs.layouts import Pair, find_pairs
+from pairs.sources import CachedSource, FileSource, Source
 from runtime.errors import UserError
 
 
@@ -34,9 +37,11 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def opened(root: Path, cache: str = "disk", coding: MaskCoding = CODING) -> Source:
+def opened(
+    root: Path, cache: str = "disk", encoding: MaskCoding = CODING, max_gb: float = MAX_GB
+) -> Source:
     pairs = find_pairs(root).splits["train"]
-    return open_source(pairs, coding, cache=cache, folder=root / "cache")
+    return open_source(pairs, encoding, cache=cache, folder=root / "cache", max_gb=max_gb)
 
 
 def caches(root: Path) -> list[str]:
@@ -45,19 +50,19 @@ def caches(root: Path) -> list[str]:
 
 def same(one: Source, other: Source) -> bool:
     return len(one) == len(other) and all(
-        torch.equal(one.planes(number), other.planes(number)) for number in range(len(one))
+        torch.equal(one.channels(number), other.channels(number)) for number in range(len(one))
     )
 
 
 def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     decoded: list[int] = []
-    decode = FileSource.decode
+    read = FileSource.read_files
 
-    def counted(self: FileSource, number: int) -> torch.Tensor:
+    def counted(self: FileSource, number: int) -> list[Bytes]:
         decoded.append(number)
-        return decode(self, number)
+        return read(self, number)
 
-    monkeypatch.setattr(FileSource, "decode", counted)
+    monkeypatch.setattr(FileSource, "read_files", counted)
     return decoded
 
 
@@ -67,10 +72,10 @@ def test_planes_are_what_was_saved(data: Path, cache: str) -> None:
     assert isinstance(source, FileSource if cache == "none" else CachedSource)
     assert source.sizes == SIZES
     for number, size in enumerate(SIZES):
-        planes = source.planes(number).numpy()
-        assert np.array_equal(planes[:3].transpose(1, 2, 0), picture(2 * number, *size))
-        assert np.array_equal(planes[3:6].transpose(1, 2, 0), picture(2 * number + 1, *size))
-        assert np.array_equal(planes[6], mask_of(*size) // 255)
+        channels = source.channels(number).numpy()
+        assert np.array_equal(channels[:3].transpose(1, 2, 0), picture(2 * number, *size))
+        assert np.array_equal(channels[3:6].transpose(1, 2, 0), picture(2 * number + 1, *size))
+        assert np.array_equal(channels[6], mask_of(*size) // 255)
 
 
 @pytest.mark.parametrize("cache", ["disk", "ram"])
@@ -124,9 +129,9 @@ def test_the_same_bytes_at_another_time_are_decoded_again(
 
 def test_other_labels_or_other_pairs_have_caches_of_their_own(data: Path) -> None:
     one = opened(data)
-    swapped = opened(data, coding=MaskCoding((255, 0)))
+    swapped = opened(data, encoding=MaskCoding((255, 0)))
     assert len(caches(data)) == 2
-    assert torch.equal(one.planes(2)[6], 1 - swapped.planes(2)[6])
+    assert torch.equal(one.channels(2)[6], 1 - swapped.channels(2)[6])
     pairs = find_pairs(data).splits["train"][1:]
     open_source(pairs, CODING, cache="disk", folder=data / "cache")
     assert len(caches(data)) == 3
@@ -169,6 +174,205 @@ def test_a_truncated_cache_is_built_again(data: Path) -> None:
     assert path.read_bytes() == content
 
 
+def damage(path: Path, how: str) -> None:
+    """Zero a cache, or flip bits of its pixels and of its sums."""
+    content = bytearray(path.read_bytes())
+    if how == "zeros":
+        content[:] = bytes(len(content))
+    elif how == "sums":
+        content[-1] ^= 1
+    else:
+        rng = np.random.default_rng(0)
+        for place in rng.integers(0, len(content) - 100, int(how)).tolist():
+            content[place] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+
+
+@pytest.mark.fault("D22")
+@pytest.mark.parametrize("how", ["zeros", "sums", "1", "200"])
+@pytest.mark.parametrize("keeps_time", [True, False])
+def test_a_damaged_cache_is_built_again(data: Path, how: str, keeps_time: bool) -> None:
+    opened(data)
+    (path,) = (data / "cache").glob("*.pixels")
+    content, before = path.read_bytes(), path.stat()
+    damage(path, how)
+    if keeps_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert same(opened(data), opened(data, "none"))
+    assert path.read_bytes() == content
+
+
+@pytest.mark.fault("D22")
+@pytest.mark.parametrize("how", ["zeros", "1", "200", "shorter"])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_damage_during_a_run_reaches_no_pair(
+    data: Path, capsys: pytest.CaptureFixture[str], how: str, is_used: bool
+) -> None:
+    source, expected = opened(data), opened(data, "none")
+    assert isinstance(source, CachedSource) and (not is_used or same(source, expected))
+    (path,) = (data / "cache").glob("*.pixels")
+    if how == "shorter":
+        os.truncate(path, 100)
+    else:
+        damage(path, how)
+    for _ in range(2):
+        assert same(source, expected)
+    assert capsys.readouterr().err.count("is damaged, and its pairs are decoded again") == 1
+    assert not path.exists()  # the next start makes it anew
+    assert same(opened(data), expected)
+
+
+@pytest.mark.fault("D22")
+def test_a_pair_that_no_sample_of_the_opening_meets_is_proved_when_it_is_used(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(data)
+    monkeypatch.setattr("pairs.sources.SAMPLES", 1)
+    (path,) = (data / "cache").glob("*.pixels")
+    content = bytearray(path.read_bytes())
+    content[-4 * len(SIZES) - 8] ^= 1  # a label of the last pair
+    path.write_bytes(content)
+    source = opened(data)
+    assert path.exists()
+    assert same(source, opened(data, "none"))
+    assert not path.exists()
+
+
+@pytest.mark.fault("D21")
+@pytest.mark.parametrize("which", ["A", "B", "label"])
+def test_a_file_of_the_same_size_and_time_is_decoded_again(data: Path, which: str) -> None:
+    folder = data / "train" / which
+    (folder / "p2.png").unlink()
+    path = save(folder / "p2.bmp", mask_of() if which == "label" else picture(1))
+    stale, before = opened(data), path.stat()
+    save(path, mask_of() * 0 if which == "label" else picture(2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert not same(opened(data), stale)
+    assert same(opened(data), opened(data, "none"))
+
+
+@pytest.mark.fault("D20")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_with_the_name_of_a_cache_or_a_file(data: Path) -> None:
+    opened(data)
+    (path,) = (data / "cache").glob("*.pixels")
+    path.unlink()
+    os.mkfifo(path)
+    assert same(opened(data), opened(data, "none"))
+    source = opened(data, "none")
+    name = source.pairs[2].before
+    name.unlink()
+    os.mkfifo(name)
+    with pytest.raises(UserError, match="is a named pipe, not an image"):
+        source.channels(2)
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+
+
+@pytest.mark.fault("D23")
+@pytest.mark.skipif(os.name == "nt", reason="other locks")
+def test_two_that_build_one_cache_without_locks_spoil_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch)
+    put = caching._Build.put
+    others: list[Source] = []
+    begun: list[bool] = []
+
+    def slow(self: caching._Build, pair: Pair, arrays: Sequence[Bytes]) -> None:
+        if not begun:  # a second process comes while the first is in the middle
+            begun.append(True)
+            others.append(opened(data))
+        put(self, pair, arrays)
+
+    monkeypatch.setattr(caching._Build, "put", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    first = opened(data)
+    monkeypatch.undo()
+    expected = opened(data, "none")
+    assert same(first, expected) and same(others[0], expected)
+    assert [path.split(".")[-1] for path in caches(data)] == ["pixels"]
+
+
+@pytest.mark.fault("D23")
+@pytest.mark.skipif(os.name == "nt", reason="other locks")
+def test_the_rest_of_a_killed_build_goes_in_time_where_there_are_no_locks(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch)
+    (data / "cache").mkdir()
+    young, old = (data / "cache" / f"{name}.unfinished" for name in ("young", "old"))
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    opened(data)
+    assert young.exists() and not old.exists()
+
+
+def test_a_cold_start_decodes_each_file_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    for module in ("check", "sources"):
+        for name in ("read_image", "read_label"):
+            reader = getattr(importlib.import_module(f"pairs.{module}"), name)
+
+            def counted(path: Path, *rest: object, reader: Any = reader) -> Bytes:
+                read.append(path)
+                return reader(path, *rest)
+
+            monkeypatch.setattr(f"pairs.{module}.{name}", counted)
+    layout = find_pairs(data)
+    for cache in ("disk", "ram"):
+        read.clear()
+        shutil.rmtree(data / "cache", ignore_errors=True)
+        _, sources = open_splits(
+            layout, Classes(1), ("train", "val"), cache=cache, folder=data / "cache"
+        )
+        files = [path for split in layout.splits.values() for p in split for path in p.files]
+        assert sorted(read) == sorted(files)
+        assert same(sources["train"], opened(data, "none"))
+    read.clear()
+    for _ in range(2):  # the memo, and what was cached, are enough
+        open_splits(layout, Classes(1), ("train", "val"), cache="disk", folder=data / "cache")
+    assert len(read) == len(files)
+
+
+def test_a_full_disk_during_the_check_takes_memory_instead(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    _, sources = open_splits(
+        find_pairs(data), Classes(1), ("train",), cache="auto", folder=data / "cache"
+    )
+    assert "No space left on device): decoding into memory" in capsys.readouterr().out
+    assert same(sources["train"], opened(data, "none"))
+
+
+def test_broken_pairs_are_left_out(data: Path) -> None:
+    (data / "train" / "A" / "p1.png").write_bytes(b"no image")
+    save(data / "train" / "label" / "p3.png", mask_of(*SIZES[3], value=7))
+    for _ in range(2):
+        checked, sources = open_splits(
+            find_pairs(data), Classes(1), ("train",), cache="disk", folder=data / "cache",
+            skip_broken=True,
+        )  # fmt: skip
+        assert [pair.name for pair in sources["train"].pairs] == ["p0", "p2", "p4"]
+        assert len(checked.skipped) == 2 and "p1.png" in checked.skipped[0]
+        plain = opened(data, "none")
+        for number, of_all in enumerate((0, 2, 4)):
+            assert torch.equal(sources["train"].channels(number), plain.channels(of_all))
+    with pytest.raises(UserError, match=r"1 faults in the data \(--skip-broken"):
+        open_splits(find_pairs(data), Classes(1), ("train",), folder=data / "cache")
+
+
 def test_the_rest_of_a_killed_build_goes(data: Path) -> None:
     (data / "cache").mkdir()
     rest = data / "cache" / "0-0.unfinished"
@@ -190,14 +394,14 @@ def test_a_broken_file_leaves_nothing_behind(data: Path) -> None:
 def test_a_file_that_changes_while_it_is_decoded_is_no_cache(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = FileSource.decode
+    read = FileSource.read_files
 
-    def change(self: FileSource, number: int) -> torch.Tensor:
-        planes = decode(self, number)
+    def change(self: FileSource, number: int) -> list[Bytes]:
+        arrays = read(self, number)
         os.utime(self.pairs[number].after, ns=(1, 1))
-        return planes
+        return arrays
 
-    monkeypatch.setattr(FileSource, "decode", change)
+    monkeypatch.setattr(FileSource, "read_files", change)
     with pytest.raises(UserError, match="changed during the run"):
         opened(data)
     assert caches(data) == []
@@ -208,7 +412,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "available_memory", lambda: 10)
+    monkeypatch.setattr(caching, "available_memory", lambda: 10)
 
 
 @pytest.mark.fault("P4")
@@ -256,14 +460,14 @@ def test_a_cache_folder_that_is_a_file(data: Path, capsys: pytest.CaptureFixture
     assert "no cache of" in capsys.readouterr().out
 
 
-def test_the_cache_used_longest_ago_makes_room(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_used_longest_ago_makes_room(data: Path) -> None:
     size = sum(7 * height * width for height, width in SIZES)
-    monkeypatch.setattr(sources, "MAX_BYTES", 2 * size)
+    limit = (2 * size + 100) / 1e9
 
     def use(*values: int) -> str:
         """Open with these mask values, and return the name of their cache."""
         known = set(caches(data))
-        opened(data, coding=MaskCoding(values))
+        opened(data, encoding=MaskCoding(values), max_gb=limit)
         return (set(caches(data)) - known).pop()
 
     first, second = use(0, 255), use(255, 0)
@@ -271,7 +475,7 @@ def test_the_cache_used_longest_ago_makes_room(data: Path, monkeypatch: pytest.M
     os.utime(data / "cache" / first, (2, 2))
     third = use(7, 0, 255)
     assert set(caches(data)) == {first, third}
-    monkeypatch.setattr(sources, "MAX_BYTES", size - 1)
+    limit = (size - 1) / 1e9
     with pytest.raises(UserError, match="more than"):
         use(3, 0, 255)
 
@@ -282,16 +486,16 @@ def build(
     results: "multiprocessing.queues.Queue[tuple[int, int]]",
 ) -> None:
     decoded: list[int] = []
-    decode = FileSource.decode
+    read = FileSource.read_files
 
-    def counted(self: FileSource, number: int) -> torch.Tensor:
+    def counted(self: FileSource, number: int) -> list[Bytes]:
         decoded.append(number)
-        return decode(self, number)
+        return read(self, number)
 
-    FileSource.decode = counted  # type: ignore[method-assign]
+    FileSource.read_files = counted  # type: ignore[method-assign]
     gate.wait()
     source = opened(root)
-    results.put((len(decoded), int(source.planes(4).sum())))
+    results.put((len(decoded), int(source.channels(4).sum())))
 
 
 @pytest.mark.fault("R13", "P4")
@@ -306,13 +510,13 @@ def test_processes_that_start_together_build_once(data: Path) -> None:
     for process in processes:
         process.join()
     assert sorted(count for count, _ in found) == [0, 0, len(SIZES)]
-    assert {total for _, total in found} == {int(opened(data, "none").planes(4).sum())}
+    assert {total for _, total in found} == {int(opened(data, "none").channels(4).sum())}
 
 
 @pytest.mark.parametrize("cache", ["disk", "ram", "none"])
 def test_a_source_travels_to_another_process(data: Path, cache: str) -> None:
     source = opened(data, cache)
-    source.planes(4)
+    source.channels(4)
     passed: Source = pickle.loads(pickle.dumps(source))
     assert same(passed, source)
 
@@ -335,12 +539,12 @@ def test_windows_are_the_same_and_are_views(data: Path) -> None:
     cached, files = opened(data), opened(data, "none")
     pairs = zip(windows(cached, 24), windows(files, 24), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-    whole = cached.planes(4)
+    whole = cached.channels(4)
     assert cached.read(4, 8, 3, 16).untyped_storage().data_ptr() == (
         whole.untyped_storage().data_ptr()
     )
 
 
 def test_writing_into_a_window_does_not_reach_the_file(data: Path) -> None:
-    opened(data).planes(2).fill_(9)  # a private map
+    opened(data).channels(2).fill_(9)  # a private map
     assert same(opened(data), opened(data, "none"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pairs import check as data_check
 from pairs.check import DataSummary, check
 from pairs.labels import Classes
 from pairs.layouts import find_pairs
+from pairs.memo import MAX_KINDS
 from runtime.errors import UserError
 
 
@@ -33,7 +33,7 @@ def checked(
 def test_numbers_of_a_split(tmp_path: Path) -> None:
     summary = checked(save_tree(tmp_path, train=3, val=2))
     train = summary.splits["train"]
-    assert summary.coding.values == (0, 255)
+    assert summary.encoding.values == (0, 255)
     assert summary.warnings == ()
     assert (train.pairs, train.sizes, train.patches) == (3, ((32, 32),), 12)
     assert train.class_pixels == (3 * 768, 3 * 256)
@@ -88,11 +88,11 @@ def test_the_coding_is_told_from_all_files(tmp_path: Path) -> None:
     for path in tmp_path.glob("*/label/*.png"):
         save(path, mask_of(value=1))
     save(tmp_path / "train" / "label" / "train_0.png", np.zeros((32, 32), np.uint8))
-    assert checked(tmp_path).coding.values == (0, 1)
+    assert checked(tmp_path).encoding.values == (0, 1)
     save(tmp_path / "train" / "label" / "train_0.png", mask_of(value=255))
     with pytest.raises(UserError, match="0, 1, 255"):
         checked(tmp_path)
-    assert checked(tmp_path, mask_values=(0, 1)).coding.values == (0, 1)  # 255 is ignored
+    assert checked(tmp_path, mask_values=(0, 1)).encoding.values == (0, 1)  # 255 is ignored
 
 
 @pytest.mark.fault("D14")
@@ -164,7 +164,7 @@ def test_memo_reads_nothing_twice_and_notices_changes(
 
     for name in ("read_image", "read_label"):
         monkeypatch.setattr(data_check, name, spy(getattr(data_check, name)))
-    data, memo = save_tree(tmp_path / "data", train=2, val=1), tmp_path / "new" / "memo.json"
+    data, memo = save_tree(tmp_path / "data", train=2, val=1), tmp_path / "new" / "memos"
     first = checked(data, memo=memo)
     assert len(read) == 9
     assert checked(data, memo=memo) == first
@@ -175,79 +175,94 @@ def test_memo_reads_nothing_twice_and_notices_changes(
     assert read[9:] == [changed]
     assert again == checked(data)
     assert again.fingerprint != first.fingerprint
-    assert [p.name for p in memo.parent.iterdir()] == ["memo.json"]
+    assert len(list(memo.iterdir())) == 1
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"x": 1}', "null", "\x00"])
+def content_of(memo: Path) -> dict[str, dict[str, list]]:
+    """What the only memo in a folder holds."""
+    (path,) = memo.glob("*.json")
+    return json.loads(path.read_text().partition("\n")[2])
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"x": 1}', "null", "\x00", "[" * 100_000])
 def test_a_corrupt_memo_is_ignored(tmp_path: Path, text: str) -> None:
-    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
-    expected = checked(data)
-    memo.write_text(text)
-    assert checked(data, memo=memo) == expected
-    memo.write_text(json.dumps({key: [] for key in json.loads(memo.read_text())}))
-    assert checked(data, memo=memo) == expected
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"size": [0, 5]},
-        {"size": [1, 2, 3]},
-        {"pixels": {"256": 4}},
-        {"pixels": {"0": -4}},
-        {"pixels": {"0": 1.5}},
-        {"uniform": [1]},
-        {"digest": 5},
-        {"stamp": "now"},
-    ],
-)
-def test_a_record_that_cannot_be_is_ignored(tmp_path: Path, record: dict) -> None:
-    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo"
     expected = checked(data, memo=memo)
-    content = json.loads(memo.read_text())
-    for kinds in content.values():
-        for known in kinds.values():
-            known.update(record)
-    memo.write_text(json.dumps(content))
-    assert checked(data, memo=memo) == expected
-    memo.write_text("[" * 100_000)  # deeper than Python can go
+    (path,) = memo.iterdir()
+    path.write_text(text)
     assert checked(data, memo=memo) == expected
 
 
-def test_the_memo_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memo = tmp_path / "memo.json"
-    first = save_tree(tmp_path / "a", train=2, val=1)
-    second = save_tree(tmp_path / "b", train=1, val=1)
+@pytest.mark.fault("D22")
+@pytest.mark.parametrize("place", [0, 0.3, 0.6, 1])
+def test_a_flipped_bit_in_the_memo_is_noticed(tmp_path: Path, place: float) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo"
+    expected = checked(data, memo=memo)
+    (path,) = memo.iterdir()
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    assert checked(data, memo=memo) == expected
+
+
+@pytest.mark.fault("D21")
+@pytest.mark.parametrize("how", ["written", "moved in"])
+def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path: Path, how: str) -> None:
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo"
+    path = data / "train" / "A" / "train_0.bmp"
+    path.with_suffix(".png").unlink()
+    save(path, picture(5))
+    first, before = checked(data, memo=memo), path.stat()
+    other = save(tmp_path / "other.bmp", picture(6))
+    if how == "written":
+        path.write_bytes(other.read_bytes())
+    else:
+        other.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    again = checked(data, memo=memo)
+    assert again.fingerprint != first.fingerprint
+    assert again == checked(data)
+
+
+def test_the_memo_does_not_grow_for_ever(tmp_path: Path) -> None:
+    memo, data = tmp_path / "memo", save_tree(tmp_path / "a", train=2, val=1)
+    checked(data, memo=memo)
+    assert len(content_of(memo)) == 9
+    for seed in range(3):  # another state of a file takes the place of the one before
+        save(data / "val" / "B" / "val_0.png", picture(7 + seed))
+        checked(data, memo=memo)
+    assert len(content_of(memo)) == 9
+    for crop_size in range(10, 60, 10):  # each counts other patches
+        checked(data, memo=memo, crop_size=crop_size)
+    assert {len(kinds) for kinds in content_of(memo).values()} == {1, MAX_KINDS}
+    for folder in ("A", "B", "label"):
+        (data / "train" / folder / "train_1.png").unlink()
+    save(data / "val" / "B" / "val_0.png", picture(1))
+    checked(data, memo=memo)
+    assert len(content_of(memo)) == 6
+
+
+def test_each_dataset_has_a_memo_until_nobody_uses_it(tmp_path: Path) -> None:
+    memo = tmp_path / "memo"
+    first, second = (save_tree(tmp_path / name, train=1, val=1) for name in "ab")
     for root in (first, second):
         checked(root, memo=memo)
-    assert len(json.loads(memo.read_text())) == 9 + 6
-    for _ in range(3):  # another state of a file takes the place of the one before
-        save(first / "val" / "B" / "val_0.png", picture(7))
-        checked(first, memo=memo)
-    assert len(json.loads(memo.read_text())) == 15
-    for crop_size in range(10, 60, 10):  # each counts other patches
-        checked(first, memo=memo, crop_size=crop_size)
-    content = json.loads(memo.read_text())
-    assert {len(kinds) for kinds in content.values()} == {1, data_check.MAX_KINDS}
-    shutil.rmtree(second)
-    third = save_tree(tmp_path / "c", train=1, val=1)
-    checked(third, memo=memo)
-    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"a", "c"}
-    monkeypatch.setattr(data_check, "MAX_FILES", 6)
-    save(third / "val" / "B" / "val_0.png", picture(7))
-    checked(third, memo=memo)
-    assert {Path(path).parts[-4] for path in json.loads(memo.read_text())} == {"c"}
+    old, _ = sorted(memo.iterdir(), key=lambda path: path.stat().st_mtime)
+    os.utime(old, (1, 1))
+    checked(save_tree(tmp_path / "c", train=1, val=1), memo=memo)
+    assert not old.exists() and len(list(memo.iterdir())) == 2
 
 
 @pytest.mark.fault("D15")
 def test_a_memo_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     data = save_tree(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").write_text("")
-    assert checked(data, memo=tmp_path / "file" / "memo.json") == checked(data)
+    assert checked(data, memo=tmp_path / "file" / "memo") == checked(data)
 
 
 def test_faults_are_not_remembered(tmp_path: Path) -> None:
-    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo.json"
+    data, memo = save_tree(tmp_path / "data", train=1, val=1), tmp_path / "memo"
     path = data / "train" / "A" / "train_0.png"
     good = path.read_bytes()
     path.write_bytes(b"")

@@ -6,8 +6,8 @@ import torch
 from data_helpers import save_tree
 
 from dataset import open_dataset
-from pairs.cache import Source, Subset
 from pairs.images import IGNORE
+from pairs.sources import Source, Subset
 from scoring.corruptions import CORRUPTIONS, CorruptedSource, blur, rotate, shift
 
 
@@ -31,21 +31,21 @@ def test_the_neutral_level_changes_nothing(name: str, source: Source) -> None:
         assert torch.equal(after, image())
         assert valid is None or valid.all()
     whole = CorruptedSource(source, corruption, corruption.neutral)
-    assert torch.equal(whole.planes(1), source.planes(1))
+    assert torch.equal(whole.channels(1), source.channels(1))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_other_levels_change_the_later_date_alone(name: str, source: Source) -> None:
     corruption = CORRUPTIONS[name]
-    untouched = source.planes(2).clone()
+    untouched = source.channels(2).clone()
     for level in set(corruption.levels) - {corruption.neutral}:
-        planes = CorruptedSource(source, corruption, level).planes(2)
-        assert planes.dtype == torch.uint8
-        assert torch.equal(planes[:3], untouched[:3])
-        assert not torch.equal(planes[3:6], untouched[3:6])
-        counted = planes[6] != IGNORE
-        assert torch.equal(planes[6][counted], untouched[6][counted])
-    assert torch.equal(source.planes(2), untouched)
+        channels = CorruptedSource(source, corruption, level).channels(2)
+        assert channels.dtype == torch.uint8
+        assert torch.equal(channels[:3], untouched[:3])
+        assert not torch.equal(channels[3:6], untouched[3:6])
+        counted = channels[6] != IGNORE
+        assert torch.equal(channels[6][counted], untouched[6][counted])
+    assert torch.equal(source.channels(2), untouched)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,4 @@ def test_some_of_the_pairs(source: Source) -> None:
     part = CorruptedSource(Subset(source, [1, 3]), CORRUPTIONS["blur"], 0)
     assert [pair.name for pair in part.pairs] == ["val_1", "val_3"]
     assert len(part) == len(part.sizes) == 2
-    assert torch.equal(part.planes(1), source.planes(3))
+    assert torch.equal(part.channels(1), source.channels(3))

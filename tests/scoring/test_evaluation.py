@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataset import open_dataset
 from model import SiameseUNet, build_model
-from pairs.cache import Source
+from pairs.sources import Source
 from scoring import protocols
 from scoring.corruptions import CORRUPTIONS
 from scoring.counts import best_threshold, histogram_of

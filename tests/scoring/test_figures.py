@@ -8,7 +8,7 @@ from data_helpers import save_tree
 
 from dataset import open_dataset
 from metrics import Confusion
-from pairs.cache import Source
+from pairs.sources import Source
 from scoring.corruptions import CORRUPTIONS
 from scoring.counts import Prediction, SplitCounts, count_image
 from scoring.evaluation import BY_VAL, DEFAULT, ProtocolResult
@@ -34,7 +34,7 @@ def result_of(source: Source, logits: torch.Tensor | None = None) -> ProtocolRes
         count_image(
             f"a/very/long/name/of/a/scene_{i}",
             prediction,
-            source.planes(i)[6:].numpy(),
+            source.channels(i)[6:].numpy(),
             points=points,
             num_labels=2,
         )

@@ -7,7 +7,7 @@ from data_helpers import save_pair, save_tree
 
 from dataset import open_dataset
 from model import SiameseUNet, build_model
-from pairs.cache import Source
+from pairs.sources import Source
 from runtime.errors import UserError
 from scoring import protocols
 from scoring.counts import Prediction
@@ -29,9 +29,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     return open_dataset(tree).source
 
 
-def logits_of(model: SiameseUNet, planes: torch.Tensor) -> torch.Tensor:
+def logits_of(model: SiameseUNet, channels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(planes[None, :3], planes[None, 3:6])
+        return model(channels[None, :3], channels[None, 3:6])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -45,15 +45,15 @@ def test_each_image_comes_once_whole_and_in_order(
     for number, (prediction, truth) in enumerate(found):
         assert prediction.change.shape == source.sizes[number]
         assert prediction.classes.shape == truth.shape == (1, *source.sizes[number])
-        assert (truth == source.planes(number)[6:].numpy()).all()
+        assert (truth == source.channels(number)[6:].numpy()).all()
 
 
 def test_patches_are_predicted_apart_and_put_together(model: SiameseUNet, source: Source) -> None:
     found = [p for p, _ in Predictor(model, batch_size=3).predict(source, "patches")]
     number = next(i for i, pair in enumerate(source.pairs) if pair.name == "exact")
-    planes = source.planes(number)
+    channels = source.channels(number)
     for left in (0, 32):
-        alone = Prediction.of_logits(logits_of(model, planes[..., left : left + 32]), "change")
+        alone = Prediction.of_logits(logits_of(model, channels[..., left : left + 32]), "change")
         gap = found[number].change[:, left : left + 32].astype(int) - alone.change[0]
         assert np.abs(gap).max() <= 1  # a step is 1 / 65536
 
@@ -62,7 +62,7 @@ def test_whole_and_one_window_are_the_model_itself(model: SiameseUNet, source: S
     for protocol in ("whole", "sliding"):
         predictor = Predictor(model, window=512)
         for number, (prediction, _) in enumerate(predictor.predict(source, protocol)):
-            alone = Prediction.of_logits(logits_of(model, source.planes(number)), "change")
+            alone = Prediction.of_logits(logits_of(model, source.channels(number)), "change")
             assert np.abs(prediction.change.astype(int) - alone.change[0]).max() <= 1
 
 
@@ -79,11 +79,11 @@ def test_two_dates_of_classes(source: Source) -> None:
     semantic = build_model(task="semantic", backbone="resnet18", num_classes=3).eval()
 
     class TwoDates(Source):
-        pairs, coding, sizes = source.pairs, source.coding, source.sizes
+        pairs, encoding, sizes = source.pairs, source.encoding, source.sizes
 
-        def planes(self, number: int) -> torch.Tensor:
-            planes = source.planes(number)
-            return torch.cat([planes, planes[6:]])
+        def channels(self, number: int) -> torch.Tensor:
+            channels = source.channels(number)
+            return torch.cat([channels, channels[6:]])
 
     for protocol in PROTOCOLS:
         for prediction, truth in Predictor(semantic).predict(TwoDates(), protocol):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import split_semantic
+from model import split_semantic
 from pairs.images import IGNORE
 from runtime.errors import UserError
 
@@ -272,9 +272,11 @@ def check_loss(name: str, class_weights: str = "none", task: str = "change") -> 
 
 
 def balanced_weights(class_pixels: Sequence[int]) -> list[float]:
-    """Return weights of classes, rare ones higher: the median share over the class's own.
+    """Return a weight for each class, higher for rare ones: a median share over the class's own.
 
-    Eigen and Fergus, arXiv:1411.4734. A class without pixels gets the largest of the others.
+    The shares are of all pixels; of an even number of classes the median is the lower one of the
+    middle two. Eigen and Fergus, arXiv:1411.4734, take shares of the images that hold the class.
+    A class without pixels gets the largest weight of the others.
     """
     shares = torch.tensor(class_pixels, dtype=torch.float64)
     there = shares > 0

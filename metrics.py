@@ -1,8 +1,8 @@
 """One confusion matrix over a split and every score from it; one histogram and the PR curve.
 
-    Confusion    (C, C) int64, rows = truth, columns = prediction, C = max(K, 2) classes
+    Confusion            (C, C) int64, rows = truth, columns = prediction, C = max(K, 2) classes
     SemanticConfusion    the same over labels 0 to K with both dates stacked, C = K + 1
-    ScoreHistogram    (2, 256) int64, unchanged and changed pixels by predicted probability
+    ScoreHistogram       (2, N) int64, unchanged and changed pixels by predicted probability
 
     task        logits              target          classes predicted
     change      (B, K, H, W)        (B, H, W)       (B, H, W), 0 = no change
@@ -11,37 +11,44 @@
 Both add up over batches and processes, stay on the device and leave it once, when read. Scores
 are never means of per-batch scores: those depend on the batch size, and reward predicting nothing.
 Dice and F1 of a class are the same number; IoU = Dice / (2 - Dice).
+
+TP, FP and FN are pixels of change: changed and predicted, predicted alone, changed alone.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model import split_semantic
 from pairs.images import IGNORE
 from runtime.errors import UserError
 
-
-def split_semantic(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take (B, 1 + 2K, H, W) apart: change (B, 1, H, W), classes before and after (B, K, H, W)."""
-    num_classes = (logits.shape[1] - 1) // 2
-    change, before, after = logits.split([1, num_classes, num_classes], dim=1)
-    return change, before, after
+LARGEST_PART = 2**22  # pixels of an image that are counted at once
 
 
-def predict_classes(logits: Tensor, threshold: float = 0.5, *, task: str = "change") -> Tensor:
-    """Turn logits into class indices, as the module's table has it: sigmoid > threshold, or argmax.
+def predict_classes(
+    logits: Tensor, threshold: float | None = None, *, task: str = "change"
+) -> Tensor:
+    """Turn logits into class indices, as the module's table has them.
 
-    Of semantic change, the classes of both dates are given where the change is above the threshold.
+    Args:
+        logits: of a batch.
+        threshold: the probability above which a pixel changed; it gets the likeliest class of
+            change. None is the model's own rule: 0.5, or with several classes the likeliest of all.
+        task: "change" or "semantic".
     """
     if task == "semantic":
         change, before, after = split_semantic(logits)
         classes = torch.stack([before.argmax(1), after.argmax(1)], dim=1) + 1
-        return classes * (change.float().sigmoid() > threshold)
+        return classes * (change.float().sigmoid() > (0.5 if threshold is None else threshold))
     if logits.shape[1] == 1:
-        return (logits.squeeze(1).float().sigmoid() > threshold).long()
-    return logits.argmax(1)
+        return (change_probability(logits) > (0.5 if threshold is None else threshold)).long()
+    if threshold is None:
+        return logits.argmax(1)
+    return (logits[:, 1:].argmax(1) + 1) * (change_probability(logits) > threshold)
 
 
 def change_probability(logits: Tensor, *, task: str = "change") -> Tensor:
@@ -52,11 +59,34 @@ def change_probability(logits: Tensor, *, task: str = "change") -> Tensor:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raise UserError if a model computes what is no number; the device is waited for."""
+    """Raise UserError if a logit is not finite. The device is waited for."""
     if not torch.isfinite(logits).all():
         raise UserError(
             "the model's output is not finite; its weights are broken, or --amp off may help"
         )
+
+
+def count_on_cpu(rows: Tensor, columns: Tensor, classes: Tensor) -> Tensor:
+    """Count pairs of classes, (C, C) int64, by `bincount`: a third of a product's time, or less."""
+    side, truth, predicted = len(classes), rows.numpy(), columns.numpy()
+    is_counted = (truth < side) & (predicted < side)
+    slots = truth[is_counted].astype(np.int64) * side + predicted[is_counted]
+    return torch.from_numpy(np.bincount(slots, minlength=side**2).reshape(side, side))
+
+
+def count_by_product(rows: Tensor, columns: Tensor, classes: Tensor) -> Tensor:
+    """Count pairs of classes, (C, C) int64, by a product of one-hot maps.
+
+    `bincount` would make CUDA wait. Float32 adds fewer than 2^24 ones exactly, so larger images
+    are counted in parts.
+    """
+    total = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=classes.device)
+    parts = (x.flatten(1).split(LARGEST_PART, dim=1) for x in (rows, columns))
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in zip(*parts, strict=True):  # two of (B, pixels)
+            truth, predicted = ((x.unsqueeze(1) == classes.view(1, -1, 1)).float() for x in part)
+            total += torch.bmm(truth, predicted.mT).long().sum(0)
+    return total
 
 
 class Confusion:
@@ -112,39 +142,25 @@ class Confusion:
         self.matrix.add_(self._count(prediction, target))
 
     def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Count pairs of classes, (C, C) int64; the ignore value matches no class.
+        """Count pairs of classes, (C, C) int64; the ignore value matches no class."""
+        count = count_on_cpu if target.device.type == "cpu" else count_by_product
+        return count(target, prediction, self.classes)
 
-        A product of one-hot maps counts without `bincount`, which would make CUDA wait; sums of
-        fewer than 2^24 ones are exact in float32.
-        """
-        classes = self.classes.view(1, -1, 1)
-        truth = (target.flatten(1).unsqueeze(1) == classes).float()  # (B, C, H * W)
-        claim = (prediction.flatten(1).unsqueeze(1) == classes).float()
-        with torch.autocast(target.device.type, enabled=False):
-            return torch.bmm(truth, claim.mT).sum(0).long()
+    def has_change(self) -> bool:
+        """Tell whether the truth holds change; where it holds none, no score chooses a model."""
+        return bool(self.matrix[1:].any())
 
     def scores(self) -> dict[str, float]:
         """Return every score.
 
-        Those of change come first: with K > 2, "change" is every class but 0. Where there is none
-        and none is predicted, they are 1; a precision without claims is 0 if something was missed,
-        a recall without change likewise. With more than two classes, those of each class follow,
-        and the mean IoU without class 0. A class that is neither there nor predicted has NaN, and
-        is left out of means (as in mmsegmentation).
+        Those of change come first, see `change_scores`. With more than two classes, those of each
+        class follow, and the mean IoU without class 0. A class that is neither there nor predicted
+        has NaN, and is left out of means (as in mmsegmentation).
         """
         matrix = self.matrix.cpu().double()
-        binary = torch.stack(
-            [
-                torch.stack([matrix[0, 0], matrix[0, 1:].sum()]),
-                torch.stack([matrix[1:, 0].sum(), matrix[1:, 1:].sum()]),
-            ]
-        )
-        (_, false_alarm), (missed, hit) = binary.tolist()
+        of_change = change_scores(*count_change(matrix))
         return {
-            "change_iou": _ratio(hit, hit + false_alarm + missed),
-            "change_dice": _ratio(2 * hit, 2 * hit + false_alarm + missed),
-            "change_precision": _ratio(hit, hit + false_alarm, otherwise=float(not missed)),
-            "change_recall": _ratio(hit, hit + missed, otherwise=float(not false_alarm)),
+            **{name: value.item() for name, value in of_change.items()},
             "mean_dice": _mean(_dice(matrix)),
             "mean_iou": _mean(_iou(matrix)),
             "accuracy": _ratio(matrix.diag().sum().item(), matrix.sum().item()),
@@ -154,25 +170,26 @@ class Confusion:
     def _of_each_class(self, matrix: Tensor) -> dict[str, float]:
         ious, dices = _iou(matrix), _dice(matrix)
         scores = {"mean_iou_of_change": _mean(ious[1:])}
-        hits, truth, claims = matrix.diag().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()
+        right, truth, predicted = (
+            x.tolist() for x in (matrix.diag(), matrix.sum(1), matrix.sum(0))
+        )
         for k, name in enumerate(self.names):
             scores |= {
                 f"iou/{name}": ious[k],
                 f"dice/{name}": dices[k],
-                f"precision/{name}": _ratio(hits[k], claims[k], 0.0 if truth[k] else math.nan),
-                f"recall/{name}": _ratio(hits[k], truth[k], 0.0 if claims[k] else math.nan),
+                f"precision/{name}": _ratio(right[k], predicted[k], 0.0 if truth[k] else math.nan),
+                f"recall/{name}": _ratio(right[k], truth[k], 0.0 if predicted[k] else math.nan),
             }
         return scores
 
 
 class SemanticConfusion(Confusion):
-    """Of from-to change: labels 0 (unchanged) to K over both dates, and the transitions.
+    """The confusion of from-to change: labels 0 (unchanged) to K over both dates, and transitions.
 
     Args:
-        num_classes: K, of land cover.
+        num_classes: K, the classes of land cover.
         device: where the batches are.
         names: "unchanged" and the K classes.
-
     """
 
     task = "semantic"
@@ -189,9 +206,10 @@ class SemanticConfusion(Confusion):
 
     @property
     def transitions(self) -> Tensor:
-        """(3, C, C) int64, pixels by class before (rows) and after.
+        """(3, C, C) int64, pixels by class before (rows) and after (columns).
 
-        In truth, predicted, and predicted rightly at both dates.
+        The first is the truth, the second the prediction, the third the pixels that are predicted
+        rightly at both dates.
         """
         return self.counts[1:]
 
@@ -205,9 +223,9 @@ class SemanticConfusion(Confusion):
         """Add a batch of class indices (B, 2, H, W) and its target of the same shape."""
         super().add(prediction, target)
         valid = (target != IGNORE).all(1)
-        claimed = torch.where(valid.unsqueeze(1), prediction, IGNORE)
+        predicted = torch.where(valid.unsqueeze(1), prediction, IGNORE)
         right = torch.where((prediction == target).all(1).unsqueeze(1), target, IGNORE)
-        for table, dates in zip(self.transitions, (target, claimed, right), strict=True):
+        for table, dates in zip(self.transitions, (target, predicted, right), strict=True):
             table.add_(self._count(dates[:, 1], dates[:, 0]))
 
     def scores(self) -> dict[str, float]:
@@ -229,12 +247,12 @@ class SemanticConfusion(Confusion):
         without = matrix.clone()
         without[0, 0] = 0
         sek = _kappa(without) * math.exp(scores["change_iou"] - 1)
-        hits = changed.diag().sum().item()
-        claims, truth = total - matrix[:, 0].sum().item(), total - matrix[0].sum().item()
+        right = changed.diag().sum().item()
+        predicted, truth = total - matrix[:, 0].sum().item(), total - matrix[0].sum().item()
         return {
             "scd_score": 0.3 * miou + 0.7 * sek,
             "sek": sek,
-            "f_scd": _ratio(2 * hits, claims + truth),
+            "f_scd": _ratio(2 * right, predicted + truth),
             "miou_change": miou,
             **scores,
         }
@@ -268,8 +286,42 @@ SCORE_NAMES = {
 }
 
 
+def count_change(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return TP, FP and FN, each (...), of confusion matrices (..., C, C); class 0 is no change."""
+    tp = matrices[..., 1:, 1:].sum((-2, -1))
+    return tp, matrices[..., 0, 1:].sum(-1), matrices[..., 1:, 0].sum(-1)
+
+
+def change_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> dict[str, Tensor]:
+    """Return IoU, Dice, precision and recall of the change class, float64 of the counts' shape.
+
+    All are 1 where nothing changed and nothing is predicted. A precision without a prediction is 0
+    if something changed, a recall without change is 0 if something is predicted.
+    """
+    tp, fp, fn = tp.double(), fp.double(), fn.double()
+    one, zero = torch.ones_like(tp), torch.zeros_like(tp)
+
+    def ratio(part: Tensor, whole: Tensor, otherwise: Tensor) -> Tensor:
+        return torch.where(whole > 0, part / whole.clamp(min=1), otherwise)
+
+    return {
+        "change_iou": ratio(tp, tp + fp + fn, one),
+        "change_dice": ratio(2 * tp, 2 * tp + fp + fn, one),
+        "change_precision": ratio(tp, tp + fp, torch.where(fn > 0, zero, one)),
+        "change_recall": ratio(tp, tp + fn, torch.where(fp > 0, zero, one)),
+    }
+
+
 class ScoreHistogram:
-    """Unchanged (row 0) and changed (row 1) pixels per bin of predicted change probability."""
+    """Unchanged (row 0) and changed (row 1) pixels by predicted probability of change.
+
+    Bin i of N holds the probabilities in (i / N, (i + 1) / N], so the bins from i on hold what is
+    above the threshold i / N: each score at such a threshold is exact.
+
+    Args:
+        device: where the batches are.
+        num_bins: N.
+    """
 
     def __init__(self, device: torch.device | str = "cpu", num_bins: int = 256) -> None:
         self.num_bins = num_bins
@@ -280,18 +332,50 @@ class ScoreHistogram:
         """Add a batch of logits and its target, 255 = ignore."""
         if task == "semantic":
             target = target[:, 0]
-        probability = change_probability(logits, task=task)
-        # what is not a number counts as unchanged, as it is not above a threshold
-        bins = (probability.nan_to_num() * self.num_bins).long().clamp(max=self.num_bins - 1)
+        self.add(bins_of(change_probability(logits, task=task), self.num_bins), target)
+
+    def add(self, bins: Tensor, target: Tensor) -> None:
+        """Add a bin of each pixel and its target of the same shape, 255 = ignore."""
         valid = target != IGNORE
         slot = (target[valid] > 0) * self.num_bins + bins[valid]
         self.counts += torch.bincount(slot, minlength=2 * self.num_bins).view(2, -1)
 
+    def at_thresholds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return TP, FP and FN at the thresholds i / N, each (N,) int64 on the CPU."""
+        fp, tp = self.counts.cpu().flip(1).cumsum(1).flip(1)
+        return tp, fp, tp[0] - tp
+
     def precision_recall(self) -> tuple[Tensor, Tensor]:
-        """Return precision and recall, each (num_bins,), at the thresholds i / num_bins."""
-        claimed = self.counts.cpu().double().flip(1).cumsum(1).flip(1)  # at or above each threshold
-        precision = claimed[1] / claimed.sum(0).clamp(min=1)
-        return precision, claimed[1] / claimed[1, :1].clamp(min=1)
+        """Return precision and recall at the thresholds i / N, each (N,) float64."""
+        scores = change_scores(*self.at_thresholds())
+        return scores["change_precision"], scores["change_recall"]
+
+    def change_iou(self) -> Tensor:
+        """Return the IoU of the change class at the thresholds i / N, (N,) float64."""
+        return change_scores(*self.at_thresholds())["change_iou"]
+
+    def average_precision(self) -> float:
+        """Return the area under the steps of precision over recall; NaN where nothing changed."""
+        if not self.counts[1].any():
+            return math.nan
+        precision, recall = self.precision_recall()
+        return float((precision * -recall.diff(append=recall.new_zeros(1))).sum())
+
+    def best_threshold(self) -> float:
+        """Return the threshold i / N of the highest change IoU; 0.5 where nothing changed.
+
+        Of equal ones it is the nearest to 0.5. Threshold 0 is not among them.
+        """
+        if not self.counts[1].any():
+            return 0.5
+        iou = self.change_iou()[1:]
+        best = torch.nonzero(iou == iou.max()).flatten() + 1
+        return float(best[(best - self.num_bins / 2).abs().argmin()] / self.num_bins)
+
+
+def bins_of(probability: Tensor, num_bins: int) -> Tensor:
+    """Return the bin of each probability, int64; what is no number counts as 0."""
+    return (probability.nan_to_num() * num_bins).ceil().long().clamp(1, num_bins) - 1
 
 
 def _ratio(part: float, whole: float, otherwise: float = 1.0) -> float:

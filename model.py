@@ -114,7 +114,7 @@ class SemanticUNet(SiameseUNet):
 
     One semantic decoder is applied to each date's features, beside the change decoder. The logits
     lie in one tensor, (B, 1 + 2K, H, W): change, the K classes of before, the K classes of after;
-    `metrics.split_semantic` takes them apart.
+    `split_semantic` takes them apart.
 
     Args:
         encoder: gives `channels`, `strides` and one map per stride.
@@ -137,6 +137,13 @@ class SemanticUNet(SiameseUNet):
         maps = [project(f) for project, f in zip(self.projections, features, strict=True)]
         classes = _decode(self.semantic_decoder, self.semantic_head, maps)  # (2B, K, H, W)
         return torch.cat([super()._compare(features), *_dates(classes)], dim=1)
+
+
+def split_semantic(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take (B, 1 + 2K, H, W) apart: change (B, 1, H, W), classes before and after (B, K, H, W)."""
+    num_classes = (logits.shape[1] - 1) // 2
+    change, before, after = logits.split([1, num_classes, num_classes], dim=1)
+    return change, before, after
 
 
 TASKS: dict[str, type[SiameseUNet]] = {"change": SiameseUNet, "semantic": SemanticUNet}

@@ -206,22 +206,17 @@ def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
     """Return the options with the threshold chosen, and the scenes.
 
     Raises:
-        UserError: a file that cannot be read, a threshold for classes, or maps that are there.
+        UserError: a file that cannot be read, or maps that are there.
     """
     scenes = find_scenes(Path(config.before), Path(config.after))
     path = Path(config.checkpoint)
-    if not kinds.has_threshold:
-        if config.threshold is not None:
-            raise UserError(
-                f"--threshold {config.threshold}: {path} has {len(kinds.names)} classes, of "
-                "which each pixel gets the likeliest; leave it out"
-            )
-    elif config.threshold is None and (chosen := stored_threshold(path)):
-        threshold, source = chosen
-        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
-        config = replace(config, threshold=threshold)
-    elif config.threshold is None:
-        print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
+    if config.threshold is None and kinds.has_threshold:
+        if chosen := stored_threshold(path):
+            threshold, source = chosen
+            print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
+            config = replace(config, threshold=threshold)
+        else:
+            print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
     if not config.overwrite:
         check_free(Path(config.output_dir), (scene.name for scene in scenes))
     return config, scenes
@@ -269,7 +264,6 @@ def predict_pair(
     Returns:
         What there is to say, where it was written.
     """
-    threshold = 0.5 if config.threshold is None else config.threshold
     start = time.perf_counter()
     with (
         open_scene(
@@ -288,7 +282,7 @@ def predict_pair(
             SceneMaps(folder, pair.name, scene, kinds, config.probability) as maps,
         ):
             for top, logits in bands:
-                valid, is_change = maps.write(top, logits, threshold)
+                valid, is_change = maps.write(top, logits, config.threshold)
                 num_valid += valid
                 num_changed += is_change
             num_polygons, num_left_out = maps.finish(config.min_area, config.fill_holes)

@@ -49,7 +49,7 @@ class Kinds:
         task: of the model.
         names: of the classes of a mask, class 0 first.
         palette: their colours.
-        has_threshold: change is a probability above a threshold, not the likeliest class.
+        has_threshold: change is a probability above a threshold by itself, not the likeliest class.
     """
 
     task: str
@@ -314,13 +314,13 @@ class SceneMaps:
             if isinstance(each, GeoTiffMap):
                 each.close()
 
-    def write(self, top: int, logits: Tensor, threshold: float) -> tuple[int, int]:
+    def write(self, top: int, logits: Tensor, threshold: float | None) -> tuple[int, int]:
         """Write a band.
 
         Args:
             top: its first row.
             logits: (C, n, W).
-            threshold: of the change probability, where the task has one.
+            threshold: of the change probability; None is the rule of the model itself.
 
         Returns:
             How many of its pixels have data, and how many of those show change.

@@ -1,19 +1,18 @@
-"""Counts of each image under one protocol, and everything that follows from them.
+"""Per-image confusion of a split under one protocol, and everything that follows from it.
 
-    Prediction     change (H, W) uint16, kinds and classes (D, H, W) uint8; D dates with classes: 1,
-                   of semantic change 2
-    ImageCounts    histogram (2, 256); at each operating point tables (T, C, C) and objects
-    SplitCounts    of all images: scores, intervals, curves
+    Prediction     change (H, W) uint16, change_classes and classes (D, H, W) uint8; D = 1 map of
+                   classes, or of semantic change 2, one for each date
+    ImageCounts    at each operating point tables (T, C, C) and objects
+    SplitCounts    all images: scores, intervals, curves; histogram (2, 65536)
 
-The model is asked once; scores at any threshold, the choice of a threshold, the bootstrap, the
-curves and the calibration all come from these counts. A probability is kept as one of 65536 steps,
-so that `> threshold` is exact for every threshold i / 256.
+The model is asked once. Scores at any threshold, the choice of a threshold, the bootstrap, the
+curves and the calibration all come from these counts. A probability is kept as one of 65,536 steps,
+so that `> threshold` is exact for every threshold i / 65536.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,20 @@ from torch import Tensor
 from metrics import (
     Confusion,
     ScoreHistogram,
+    bins_of,
     change_probability,
+    change_scores,
     check_logits,
+    count_change,
     predict_classes,
 )
 from pairs.images import IGNORE
 from scoring.objects import ObjectCounts, count_objects
 
-NUM_BINS = 256  # of the change probability, and so of the thresholds to choose from
-STEPS = 65536  # that a probability is kept in
+STEPS = 65536  # of a probability, and so of the thresholds to choose from
 CALIBRATION_BINS = 16
+NUM_RESAMPLES = 1000  # of the bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles
 
 Bytes = NDArray[np.uint8]
 Counts = NDArray[np.int64]
@@ -43,11 +46,11 @@ PER_IMAGE_NAMES = {
     "dice_per_image_empty_0": "mean Dice of images, empty = 0",
 }
 OBJECT_NAMES = {
-    "objects_real": "changed objects",
+    "objects_in_truth": "changed objects",
     "objects_found": "objects found",
     "objects_missed": "objects missed",
-    "objects_claimed": "objects claimed",
-    "objects_invented": "objects invented",
+    "objects_predicted": "objects predicted",
+    "objects_false": "objects predicted falsely",
 }
 
 
@@ -57,12 +60,12 @@ class Prediction:
 
     Attributes:
         change: (H, W) uint16; the probability of change lies in (i, i + 1] / 65536.
-        kinds: (D, H, W) uint8, the most probable class of change, wherever there is any.
+        change_classes: (D, H, W) uint8, the most probable class of change, wherever there is any.
         classes: (D, H, W) uint8, the classes by the model's own rule: above 0.5, or argmax.
     """
 
     change: NDArray[np.uint16]
-    kinds: Bytes
+    change_classes: Bytes
     classes: Bytes
 
     @classmethod
@@ -70,29 +73,48 @@ class Prediction:
         """Sum up a batch of logits (B, C, H, W); every array has B in front.
 
         Raises:
-            UserError: they are not finite.
+            UserError: a logit is not finite.
         """
         check_logits(logits)
-        probability = change_probability(logits, task=task)
-        steps = (probability * STEPS).ceil().clamp(min=1) - 1
-        if task == "change" and logits.shape[1] > 1:
-            kinds = logits[:, 1:].argmax(1) + 1
-        else:
-            kinds = predict_classes(logits, -1.0, task=task)  # every probability is above -1
-        classes = predict_classes(logits, task=task)
+        steps = bins_of(change_probability(logits, task=task), STEPS)
+        # every probability is above -1
+        maps = [predict_classes(logits, threshold, task=task) for threshold in (-1.0, None)]
         if task == "change":
-            kinds, classes = kinds.unsqueeze(1), classes.unsqueeze(1)
+            maps = [classes.unsqueeze(1) for classes in maps]
         return cls(
             steps.int().cpu().numpy().astype(np.uint16),
-            kinds.to(torch.uint8).cpu().numpy(),
-            classes.to(torch.uint8).cpu().numpy(),
+            *(classes.to(torch.uint8).cpu().numpy() for classes in maps),
         )
 
     def at(self, threshold: float | None) -> Bytes:
-        """Return the classes (D, H, W) above a threshold i / 256, or by the model's own rule."""
+        """Return the classes (D, H, W) above a threshold i / 65536, or by the model's own rule."""
         if threshold is None:
             return self.classes
-        return self.kinds * (self.change >= round(threshold * STEPS))
+        return self.change_classes * (self.change >= round(threshold * STEPS))
+
+
+@dataclass(frozen=True)
+class PixelCounts:
+    """Pixels of an image at an operating point; those of semantic change count once, not per date.
+
+    Attributes:
+        tp: changed and predicted.
+        fp: predicted alone.
+        fn: changed alone.
+        tn: neither.
+        wrong_class: of `tp` those whose class is wrong, at either date.
+    """
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+    wrong_class: int
+
+    @property
+    def wrong(self) -> int:
+        """How many pixels are not as the truth has them."""
+        return self.fp + self.fn + self.wrong_class
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,6 @@ class ImageCounts:
     Attributes:
         name: of the pair.
         size: (height, width).
-        histogram: (2, 256), unchanged and changed pixels by predicted probability.
-        probability: (256,) float64, the sum of the probabilities in each bin.
         tables: (T, C, C) at each operating point, as `counts` of a `Confusion`; the first one has
             rows = truth, columns = prediction.
         objects: at each operating point.
@@ -111,15 +131,16 @@ class ImageCounts:
 
     name: str
     size: tuple[int, int]
-    histogram: Counts
-    probability: NDArray[np.float64]
     tables: dict[str, Counts]
     objects: dict[str, ObjectCounts]
 
-    def num_wrong(self, point: str) -> int:
-        """Return how many pixels got a wrong class."""
-        matrix = self.tables[point][0]
-        return int(matrix.sum() - np.trace(matrix))
+    def pixels(self, point: str) -> PixelCounts:
+        """Count pixels; both dates of semantic change agree on where anything changed."""
+        matrix, *transitions = self.tables[point]
+        num_dates = 2 if transitions else 1
+        tp, fp, fn = (int(n) // num_dates for n in count_change(torch.from_numpy(matrix)))
+        right = transitions[-1][1:, 1:].sum() if transitions else np.trace(matrix[1:, 1:])
+        return PixelCounts(tp, fp, fn, int(matrix[0, 0]) // num_dates, tp - int(right))
 
 
 def count_image(
@@ -128,7 +149,7 @@ def count_image(
     truth: Bytes,
     *,
     points: Mapping[str, float | None],
-    num_labels: int,
+    empty: Callable[[], Confusion],
     min_pixels: int = 1,
 ) -> ImageCounts:
     """Compare a prediction with the truth.
@@ -138,29 +159,24 @@ def count_image(
         prediction: of the whole image.
         truth: (D, H, W), 255 = ignore.
         points: the operating points: a threshold by name, None for the model's own rule.
-        num_labels: C.
+        empty: makes a confusion matrix.
         min_pixels: of an object that counts.
     """
     valid, changed = truth[0] != IGNORE, (truth[0] > 0) & (truth[0] != IGNORE)
-    steps = _steps(prediction, truth)
-    middles = (np.arange(STEPS).reshape(NUM_BINS, -1) + 0.5) / STEPS
-    claims = {point: prediction.at(threshold) for point, threshold in points.items()}
-    return ImageCounts(
-        name,
-        (truth.shape[-2], truth.shape[-1]),
-        histogram=steps.sum(-1),
-        probability=(steps.sum(0) * middles).sum(-1),
-        tables={point: _tables(truth, claim, num_labels) for point, claim in claims.items()},
-        objects={
-            point: count_objects(changed, valid & (claim[0] > 0), min_pixels)
-            for point, claim in claims.items()
-        },
-    )
+    tables, objects = {}, {}
+    for point, threshold in points.items():
+        classes, confusion = prediction.at(threshold), empty()
+        maps = torch.from_numpy(classes), torch.from_numpy(truth)
+        confusion.add(*(x[None] if len(truth) == 2 else x for x in maps))
+        tables[point] = confusion.counts.numpy()
+        objects[point] = count_objects(changed, valid & (classes[0] > 0), min_pixels)
+    return ImageCounts(name, (truth.shape[-2], truth.shape[-1]), tables, objects)
 
 
-def histogram_of(prediction: Prediction, truth: Bytes) -> Counts:
-    """Return unchanged and changed pixels by predicted probability (2, 256), of one image."""
-    return _steps(prediction, truth).sum(-1)
+def add_to_histogram(histogram: ScoreHistogram, prediction: Prediction, truth: Bytes) -> None:
+    """Add the pixels of an image by their predicted probability."""
+    change = torch.from_numpy(prediction.change.astype(np.int64))
+    histogram.add(change, torch.from_numpy(truth[0]))
 
 
 @dataclass(frozen=True)
@@ -188,16 +204,13 @@ class SplitCounts:
 
     Attributes:
         images: in the split's order.
+        histogram: of all pixels, `STEPS` bins.
         empty: makes the confusion matrix that turns counts into scores.
     """
 
     images: Sequence[ImageCounts]
+    histogram: ScoreHistogram
     empty: Callable[[], Confusion]
-
-    @property
-    def histogram(self) -> Counts:
-        """(2, 256), unchanged and changed pixels by predicted probability."""
-        return sum((image.histogram for image in self.images), np.zeros((2, NUM_BINS), np.int64))
 
     def matrices(self, point: str) -> Counts:
         """Return (N, C, C), one matrix an image."""
@@ -217,15 +230,11 @@ class SplitCounts:
         return {
             **self._score(matrices.sum(0)),
             **dice_per_image(matrices),
-            "objects_real": objects.real,
-            "objects_found": objects.found,
-            "objects_missed": objects.missed,
-            "objects_claimed": objects.claimed,
-            "objects_invented": objects.invented,
+            **objects.as_dict(),
         }
 
     def intervals(
-        self, point: str, *, num_resamples: int = 1000, seed: int = 0
+        self, point: str, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
         """Return the 95 % interval of each score over all pixels: bootstrap over images.
 
@@ -234,33 +243,20 @@ class SplitCounts:
         another seed of the training. Efron and Tibshirani, doi:10.1201/9780429246593.
         """
         matrices = self.matrices(point)
-        num = len(matrices)
-        rng = np.random.default_rng(seed)
-        times = rng.multinomial(num, np.full(num, 1 / num), size=num_resamples)
+        times = _draw_images(len(matrices), num_resamples, seed)
         values = [self._score(np.tensordot(of_image, matrices, 1)) for of_image in times]
         intervals = {}
         for name in values[0]:
             known = [v[name] for v in values if not math.isnan(v[name])]  # of classes drawn
-            low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
+            low, high = np.percentile(known, INTERVAL) if known else (math.nan, math.nan)
             intervals[name] = float(low), float(high)
         return intervals
 
-    def precision_recall(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return precision and recall at the thresholds i / 256, each (256,)."""
-        curve = ScoreHistogram()
-        curve.counts += torch.from_numpy(self.histogram)
-        precision, recall = curve.precision_recall()
-        return precision.numpy(), recall.numpy()
-
-    def average_precision(self) -> float:
-        """Return the area under the steps of precision over recall, at 256 thresholds."""
-        precision, recall = self.precision_recall()
-        return float((precision * -np.diff(recall, append=0.0)).sum())
-
     def calibration(self) -> Calibration:
         """Compare predicted probabilities with what came true."""
-        pixels = self.histogram.reshape(2, CALIBRATION_BINS, -1).sum(-1)
-        probability = np.sum([image.probability for image in self.images], axis=0)
+        steps = self.histogram.counts.numpy()
+        pixels = steps.reshape(2, CALIBRATION_BINS, -1).sum(-1)
+        probability = steps.sum(0) * (np.arange(STEPS) + 0.5) / STEPS
         total = pixels.sum(0)
         with np.errstate(invalid="ignore"):
             predicted = probability.reshape(CALIBRATION_BINS, -1).sum(-1) / total
@@ -276,24 +272,43 @@ class SplitCounts:
         return confusion.scores()
 
 
-def change_iou(histogram: Counts) -> NDArray[np.float64]:
-    """Return the change IoU (256,) at the thresholds i / 256 from a histogram (2, 256)."""
-    false_alarms, hits = histogram[:, ::-1].cumsum(1)[:, ::-1]
-    return hits / np.maximum(histogram[1].sum() + false_alarms, 1)
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the change IoU of a second model is on the same images.
 
-
-def best_threshold(histograms: Iterable[Counts]) -> float:
-    """Return the threshold of the highest change IoU over all images; 0.5 without any change.
-
-    Of equal ones the nearest to 0.5. 0 is not among them: it claims everything.
+    Attributes:
+        value: over all pixels.
+        interval: 95 %, paired bootstrap over images: each draw takes the same ones for both.
+        share_higher: the share of draws in which the second is higher.
     """
-    total = np.sum(list(histograms), axis=0)
-    if not total[1].any():
-        return 0.5
-    iou = change_iou(total)
-    candidates = np.arange(1, NUM_BINS)
-    best = candidates[iou[1:] == iou[1:].max()]
-    return float(best[np.abs(best - NUM_BINS / 2).argmin()] / NUM_BINS)
+
+    value: float
+    interval: tuple[float, float]
+    share_higher: float
+
+
+def compare(
+    first: SplitCounts,
+    second: SplitCounts,
+    point: str,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Compare two models on the same images at an operating point."""
+    matrices = [counts.matrices(point).reshape(len(first.images), -1) for counts in (first, second)]
+    times = _draw_images(len(first.images), num_resamples, seed)
+    once = np.ones((1, len(first.images)), np.int64)
+
+    def differences(times: Counts) -> NDArray[np.float64]:
+        before, after = (_change_iou(times @ of_images) for of_images in matrices)
+        return after - before
+
+    drawn = differences(times)
+    low, high = np.percentile(drawn, INTERVAL)
+    return Difference(
+        float(differences(once)[0]), (float(low), float(high)), float((drawn > 0).mean())
+    )
 
 
 def dice_per_image(matrices: Counts) -> dict[str, float]:
@@ -307,47 +322,24 @@ def dice_per_image(matrices: Counts) -> dict[str, float]:
             out.
     """
     matrices = matrices[matrices.sum((1, 2)) > 0]
-    hits = matrices[:, 1:, 1:].sum((1, 2))
-    wrong = matrices[:, 0, 1:].sum(1) + matrices[:, 1:, 0].sum(1)
+    dice = change_scores(*count_change(torch.from_numpy(matrices)))["change_dice"].numpy()
     has_change = matrices[:, 1:].sum((1, 2)) > 0
-    sizes = 2 * hits + wrong
-    dice = np.where(sizes > 0, 2 * hits / np.maximum(sizes, 1), 1.0)
-    return {
-        "dice_per_image_empty_1": _mean(dice),
-        "dice_per_image_changed": _mean(dice[has_change]),
-        "dice_per_image_empty_0": _mean(np.where(has_change, dice, 0.0)),
+    kept = {
+        "dice_per_image_empty_1": dice,
+        "dice_per_image_changed": dice[has_change],
+        "dice_per_image_empty_0": np.where(has_change, dice, 0.0),
     }
+    return {name: float(x.mean()) if len(x) else math.nan for name, x in kept.items()}
 
 
-def _steps(prediction: Prediction, truth: Bytes) -> Counts:
-    """Return (2, 256, 256): unchanged and changed pixels by bin, and by step in the bin."""
-    valid = truth[0] != IGNORE
-    slots = (truth[0] > 0)[valid] * STEPS + prediction.change[valid].astype(np.int64)
-    return np.bincount(slots, minlength=2 * STEPS).reshape(2, NUM_BINS, STEPS // NUM_BINS)
+def _draw_images(num_images: int, num_resamples: int, seed: int) -> Counts:
+    """Return how often each image is drawn, (num_resamples, num_images)."""
+    share = np.full(num_images, 1 / num_images)
+    return np.random.default_rng(seed).multinomial(num_images, share, size=num_resamples)
 
 
-def _tables(truth: Bytes, claim: Bytes, num_labels: int) -> Counts:
-    """Return the tables of a `Confusion`, (1, C, C), or of a `SemanticConfusion`, (4, C, C).
-
-    Counted in whole numbers, so that images of any size are exact.
-    """
-    tables = [_pairs_of_classes(truth, claim, truth != IGNORE, num_labels)]
-    if len(truth) == 2:  # the dates: transitions in truth, as predicted, and predicted rightly
-        valid = (truth != IGNORE).all(0)
-        is_right = valid & (truth == claim).all(0)
-        tables += [
-            _pairs_of_classes(dates[0], dates[1], mask, num_labels)
-            for dates, mask in ((truth, valid), (claim, valid), (truth, is_right))
-        ]
-    return np.stack(tables)
-
-
-def _pairs_of_classes(
-    rows: Bytes, columns: Bytes, mask: NDArray[np.bool_], num_labels: int
-) -> Counts:
-    slots = rows[mask].astype(np.int64) * num_labels + columns[mask]
-    return np.bincount(slots, minlength=num_labels**2).reshape(num_labels, num_labels)
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def _change_iou(matrices: Counts) -> NDArray[np.float64]:
+    """Return the change IoU (N,) of flattened confusion matrices (N, C * C)."""
+    side = math.isqrt(matrices.shape[1])
+    of_change = count_change(torch.from_numpy(matrices.reshape(-1, side, side)))
+    return change_scores(*of_change)["change_iou"].numpy()

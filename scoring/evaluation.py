@@ -8,23 +8,23 @@ was asked for, which has no say in it. On val itself its score is optimistic, an
 Of several processes each predicts its share of the images, and all get the counts of every one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from metrics import Confusion, build_confusion
+from metrics import Confusion, ScoreHistogram, build_confusion
 from pairs.sources import Source, Subset
 from runtime.distributed import gather, rank, share
 from scoring.corruptions import CORRUPTIONS, CorruptedSource
 from scoring.counts import (
+    STEPS,
     ImageCounts,
     Prediction,
     SplitCounts,
-    best_threshold,
+    add_to_histogram,
     count_image,
-    histogram_of,
 )
 from scoring.protocols import Predicted, Predictor
 
@@ -72,7 +72,6 @@ def evaluate_protocol(
         min_pixels: of an object that counts.
     """
     empty = _confusion_of(predictor, names)
-    num_labels = len(empty().classes)
 
     def predict(pairs: Source, on: str) -> Iterable[tuple[int, Predicted]]:
         bar = f"{protocol} on {on}"
@@ -81,33 +80,30 @@ def evaluate_protocol(
         silent = True if rank() else None  # None: where nobody watches
         return tqdm(predictions, bar, own, disable=silent, leave=False, unit="pair")
 
-    def count(number: int, predicted: Predicted) -> ImageCounts:
-        name = source.pairs[number].name
-        return count_image(
-            name, *predicted, points=points, num_labels=num_labels, min_pixels=min_pixels
-        )
-
-    def worst_of(images: Mapping[int, ImageCounts]) -> list[int]:
-        return sorted(images, key=lambda i: -images[i].num_wrong(DEFAULT))[:NUM_WORST]
-
     on_val = predict(val, "val")
     if source is val:
         on_val = list(on_val)  # five bytes a pixel, instead of predicting twice
-    histograms = _merged({number: histogram_of(*predicted) for number, predicted in on_val})
-    points = {DEFAULT: None, BY_VAL: best_threshold(histograms.values())}
+    of_val = _histogram()
+    for _, predicted in on_val:
+        add_to_histogram(of_val, *predicted)
+    of_val = _sum(of_val)
+    points = {DEFAULT: None, BY_VAL: of_val.best_threshold()}
+    histogram = _histogram()
     images: dict[int, ImageCounts] = {}
-    kept: dict[int, Prediction] = {}
+    kept: list[tuple[int, int, Prediction]] = []  # number, wrong pixels
     for number, predicted in on_val if source is val else predict(source, "the split"):
-        images[number], kept[number] = count(number, predicted), predicted[0]
-        kept = {i: kept[i] for i in worst_of({i: images[i] for i in kept})}
-    images = _merged(images)
-    worst = worst_of(images)
-    kept = _merged({i: prediction for i, prediction in kept.items() if i in worst})
+        name = source.pairs[number].name
+        images[number] = count_image(
+            name, *predicted, points=points, empty=empty, min_pixels=min_pixels
+        )
+        add_to_histogram(histogram, *predicted)
+        kept = _worst([*kept, (number, images[number].pixels(DEFAULT).wrong, predicted[0])])
+    kept = _worst([one for part in gather(kept) for one in part])
     return ProtocolResult(
         predictor.describe(protocol),
         points,
-        SplitCounts(list(images.values()), empty),
-        [(i, kept[i]) for i in worst],
+        SplitCounts(list(_merged(images).values()), _sum(histogram), empty),
+        [(number, prediction) for number, _, prediction in kept],
     )
 
 
@@ -134,6 +130,7 @@ def measure_robustness(
         uncorrupted pairs.
     """
     empty = _confusion_of(predictor, names)
+    num_dates = 2 if predictor.model.task == "semantic" else 1
     num_pairs = min(len(source), max_pairs or len(source))
     some = Subset(source, [i * len(source) // num_pairs for i in range(num_pairs)])
     steps = [
@@ -150,18 +147,18 @@ def measure_robustness(
                 corrupted.pairs[number].name,
                 *predicted,
                 points={DEFAULT: None},
-                num_labels=len(empty().classes),
+                empty=empty,
                 min_pixels=min_pixels,
             )
             for number, predicted in _predict_share(predictor, corrupted, ROBUSTNESS_PROTOCOL)
         }
-        counts = SplitCounts(list(_merged(images).values()), empty)
+        counts = SplitCounts(list(_merged(images).values()), _histogram(), empty)
         low, high = counts.intervals(DEFAULT)["change_iou"]
         return {
             "corruption": name,
             "level": level,
             "pairs": num_pairs,
-            "pixels": int(counts.histogram.sum()),
+            "pixels": int(counts.matrices(DEFAULT).sum()) // num_dates,
             "change_iou_low": low,
             "change_iou_high": high,
             **counts.scores(DEFAULT),
@@ -188,6 +185,22 @@ def _predict_share(
     numbers = share(range(len(source)))
     predictions = predictor.predict(Subset(source, numbers), protocol)
     return zip(numbers, predictions, strict=True)
+
+
+def _worst(found: list[tuple[int, int, Prediction]]) -> list[tuple[int, int, Prediction]]:
+    return sorted(found, key=lambda one: (-one[1], one[0]))[:NUM_WORST]
+
+
+def _histogram() -> ScoreHistogram:
+    return ScoreHistogram(num_bins=STEPS)
+
+
+def _sum(own: ScoreHistogram) -> ScoreHistogram:
+    """Add up the histograms of the processes."""
+    total = _histogram()
+    for counts in gather(own.counts):
+        total.counts += counts
+    return total
 
 
 def _merged(of_images: dict[int, T]) -> dict[int, T]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 from metrics import SemanticConfusion
 from pairs.sources import Source
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
-from scoring.counts import CALIBRATION_BINS, NUM_BINS, change_iou
+from scoring.counts import CALIBRATION_BINS, STEPS
 from scoring.evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
 from visualize import Picture, plot_confusion, plot_transitions, prediction_grid
 
@@ -53,7 +53,7 @@ def draw_all(
         ),
     }
     for point, threshold in result.points.items():
-        how = own if threshold is None else f"threshold {threshold:.4f}, chosen on val"
+        how = own if threshold is None else f"threshold {threshold:.5f}, chosen on val"
         confusion = result.counts.confusion(point)
         of_point = {"confusion": plot_confusion(confusion.matrix, confusion.names)}
         if isinstance(confusion, SemanticConfusion):
@@ -88,20 +88,22 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
             ha="right", va="bottom", fontsize=7, color="0.4",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip
-    thresholds = np.arange(NUM_BINS) / NUM_BINS
+    thresholds = np.arange(STEPS) / STEPS
     for k, (protocol, result) in enumerate(results.items()):
         look = {"color": COLORS[k], "linestyle": STYLES[k], "linewidth": 1.8}
-        precision, recall = result.counts.precision_recall()
-        claims = result.counts.histogram[:, ::-1].cumsum(1)[:, ::-1].sum(0) > 0
-        area = result.counts.average_precision()
-        curve.plot(recall[claims], precision[claims], **look,
+        histogram = result.counts.histogram
+        precision, recall = (x.numpy() for x in histogram.precision_recall())
+        tp, fp, _ = histogram.at_thresholds()
+        is_defined = (tp + fp > 0).numpy()  # somewhere change is predicted
+        area = histogram.average_precision()
+        curve.plot(recall[is_defined], precision[is_defined], **look,
                    label=f"{protocol}, average precision {area:.3f}")  # fmt: skip
-        iou = change_iou(result.counts.histogram)
+        iou = histogram.change_iou().numpy()
         sweep.plot(thresholds, iou, **look)
         chosen = result.points[BY_VAL]
         assert chosen is not None
         for threshold, marker in ((0.5, "o"), (chosen, "D")):
-            i = round(threshold * NUM_BINS)
+            i = round(threshold * STEPS)
             for axis, x, y in ((curve, recall[i], precision[i]), (sweep, threshold, iou[i])):
                 axis.plot(x, y, marker, color=COLORS[k], markersize=6, markeredgecolor="white")
     for marker, name in (("o", "threshold 0.5"), ("D", "threshold chosen on val")):
@@ -147,7 +149,7 @@ def plot_worst(result: ProtocolResult, source: Source, title: str) -> Figure:
         channels = source.channels(number)
         samples.append((channels[:3], channels[3:6], channels[6:].squeeze(0)))
         predictions.append(torch.from_numpy(prediction.classes))
-        wrong = result.counts.images[number].num_wrong(DEFAULT)
+        wrong = result.counts.images[number].pixels(DEFAULT).wrong
         names.append(f"{_end(source.pairs[number].name)}\n{_amount(wrong)} px wrong")
     return prediction_grid(samples, predictions, source.encoding, title=title, names=names)
 

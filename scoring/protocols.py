@@ -105,7 +105,8 @@ class Predictor:
             for before, after, target in loader:
                 batch = self._forward(before, after)
                 truth = target.numpy().reshape(batch.classes.shape)
-                parts: list[NDArray[Any]] = [batch.change, batch.kinds, batch.classes, truth]
+                parts: list[NDArray[Any]]
+                parts = [batch.change, batch.change_classes, batch.classes, truth]
                 for k in range(len(truth)):
                     number, top, left = next(places)
                     height, width = source.sizes[number]
@@ -151,4 +152,4 @@ class Predictor:
 
 def _only(batch: Prediction) -> Prediction:
     """Return the one prediction of a batch of one."""
-    return Prediction(batch.change[0], batch.kinds[0], batch.classes[0])
+    return Prediction(batch.change[0], batch.change_classes[0], batch.classes[0])

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
+from metrics import change_scores
 from runtime.checkpoint import digest_of
 from runtime.errors import UserError
 from runtime.tracking import Tracker
@@ -232,22 +234,16 @@ def _image_rows(results: Mapping[str, ProtocolResult]) -> list[dict[str, Any]]:
 
 
 def _image_scores(image: ImageCounts, point: str) -> dict[str, float]:
-    matrix, objects = image.tables[point][0], image.objects[point]
-    hit = int(matrix[1:, 1:].sum())
-    false_alarm, missed = int(matrix[0, 1:].sum()), int(matrix[1:, 0].sum())
-    wrong = false_alarm + missed
+    pixels = image.pixels(point)
+    counts = (torch.tensor(n) for n in (pixels.tp, pixels.fp, pixels.fn))
+    scores = change_scores(*counts)
     return {
-        # 1 where nothing changed and nothing is claimed, as in `metrics.py`
-        "change_iou": hit / (hit + wrong) if hit + wrong else 1.0,
-        "change_dice": 2 * hit / (2 * hit + wrong) if hit + wrong else 1.0,
-        "hit_pixels": hit,
-        "false_alarm_pixels": false_alarm,
-        "missed_pixels": missed,
-        "right_unchanged_pixels": int(matrix[0, 0]),
-        "wrong_class_pixels": image.num_wrong(point) - wrong,
-        "objects_real": objects.real,
-        "objects_found": objects.found,
-        "objects_missed": objects.missed,
-        "objects_claimed": objects.claimed,
-        "objects_invented": objects.invented,
+        "change_iou": scores["change_iou"].item(),
+        "change_dice": scores["change_dice"].item(),
+        "tp_pixels": pixels.tp,
+        "fp_pixels": pixels.fp,
+        "fn_pixels": pixels.fn,
+        "tn_pixels": pixels.tn,
+        "wrong_class_pixels": pixels.wrong_class,
+        **image.objects[point].as_dict(),
     }

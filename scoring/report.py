@@ -36,7 +36,7 @@ def protocols_report(results: Mapping[str, ProtocolResult], seed: int) -> Report
     return {
         protocol: {
             "description": result.description,
-            "average_precision": result.counts.average_precision(),
+            "average_precision": result.counts.histogram.average_precision(),
             "calibration_error": result.counts.calibration().error,
             "points": {
                 point: {
@@ -76,10 +76,10 @@ def text(report: Report) -> str:
         notes["*"] += "; so few pairs choose badly"
     if len(runs) == 1:
         notes["interval"] = f"95 %, bootstrap over the {pairs} images"
-    notes["empty"] = "an image where nothing changed; = 1 if nothing is claimed there, else 0"
+    notes["empty"] = "an image where nothing changed; = 1 if nothing is predicted there, else 0"
     notes["objects"] = (
-        f"of {report['min_object_pixels']} pixels or more; found: half of it claimed; "
-        "invented: nothing changed beneath"
+        f"of {report['min_object_pixels']} pixels or more; found: half of it predicted; "
+        "predicted falsely: nothing changed beneath"
     )
     if report["note"]:
         notes["note"] = report["note"]
@@ -107,7 +107,7 @@ def table(report: Report) -> str:
         line(
             "threshold (* = the best one on val)",
             [
-                _cell([p["threshold"] for p in points(*column)]) + "*"
+                _cell([p["threshold"] for p in points(*column)], digits=5) + "*"
                 if points(*column)[0]["threshold"] is not None
                 else report["rule"]
                 for column in columns
@@ -161,13 +161,13 @@ def _labels(scores: Mapping[str, Any]) -> dict[str, str]:
     return labels | OBJECT_NAMES
 
 
-def _cell(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float], digits: int = 4) -> str:
     if any(math.isnan(value) for value in values):
         return "-"
     if len(values) > 1:
-        digits = 1 if isinstance(values[0], int) else 3
+        digits = 1 if isinstance(values[0], int) else digits - 1
         return f"{mean(values):.{digits}f}±{stdev(values):.{digits}f}"
-    return str(values[0]) if isinstance(values[0], int) else f"{values[0]:.4f}"
+    return str(values[0]) if isinstance(values[0], int) else f"{values[0]:.{digits}f}"
 
 
 def _combined(values: Sequence[Any], how: Callable[[Sequence[float]], float]) -> Any:

@@ -105,12 +105,11 @@ def test_an_evaluation_leaves_everything_it_promises(
     assert len(images) == 2 * 3 * 2  # images, protocols, operating points
     of_patches = [r for r in images if (r["protocol"], r["point"]) == ("patches", "default")]
     assert [row["pair"] for row in of_patches] == ["test_0", "test_1"]
-    hit, false_alarm, missed = (
-        sum(int(row[f"{kind}_pixels"]) for row in of_patches)
-        for kind in ("hit", "false_alarm", "missed")
+    tp, fp, fn = (
+        sum(int(row[f"{kind}_pixels"]) for row in of_patches) for kind in ("tp", "fp", "fn")
     )
     scores = report["runs"][0]["protocols"]["patches"]["points"]["default"]["scores"]
-    assert scores["change_iou"] == pytest.approx(hit / (hit + false_alarm + missed))
+    assert scores["change_iou"] == pytest.approx(tp / (tp + fp + fn))
     with (folder / "robustness.csv").open(newline="") as file:
         levels = list(csv.DictReader(file))
     assert len(levels) == sum(len(found.levels) for found in CORRUPTIONS.values())
@@ -128,7 +127,11 @@ def test_json_is_all_of_stdout_and_holds_every_number_of_the_table(
 
 
 def assert_numbers_are_in(table: str, report: dict[str, Any], at_least: int = 100) -> None:
-    numbers = {f"{n:.4f}" for n in numbers_of(report)} | {f"{n:.2f}" for n in numbers_of(report)}
+    numbers = (
+        {f"{n:.5f}" for n in numbers_of(report)}
+        | {f"{n:.4f}" for n in numbers_of(report)}
+        | {f"{n:.2f}" for n in numbers_of(report)}
+    )
     numbers |= {f"{n:.0f}" for n in numbers_of(report) if n == int(n)}
     lines = table.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("threshold"))

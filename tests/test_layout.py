@@ -23,7 +23,9 @@ FLOOR = {place: number for number, floor in enumerate(FLOORS) for place in floor
 FILES = sorted(
     path for place in FLOOR for path in [*ROOT.glob(f"{place}.py"), *(ROOT / place).rglob("*.py")]
 )
-OUTSIDE = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm"}
+OUTSIDE = {
+    "torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm",
+}  # fmt: skip
 OPTIONAL = {"timm", "rasterio", "onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 SCIENCE = ["networks", "pairs", "model", "metrics", "losses", "dataset"]
 ENGINEERING = {"argparse", "mlflow", "runtime.config", "runtime.tracking", "training"}

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from metrics import (
     SemanticConfusion,
     build_confusion,
     change_probability,
+    change_scores,
+    count_by_product,
+    count_change,
+    count_on_cpu,
     predict_classes,
 )
 
@@ -79,6 +84,43 @@ def test_counts_are_exact_for_a_full_patch() -> None:
     assert confusion.matrix[1, 1] == 2 * 1024 * 1024
 
 
+@pytest.mark.parametrize("count", [count_on_cpu, count_by_product])
+def test_counts_are_exact_beyond_what_float32_adds(
+    count: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    ones = torch.ones(1, dtype=torch.uint8).expand(1, 4097, 4097)
+    assert count(ones, ones, torch.arange(2)).tolist() == [[0, 0], [0, 4097 * 4097]]
+
+
+def test_both_ways_to_count_agree() -> None:
+    rows, columns = torch.randint(0, 6, (2, 3, 40, 30), dtype=torch.uint8)
+    rows[rows == 5] = 255
+    by_product = count_by_product(rows, columns.long(), torch.arange(4))
+    assert torch.equal(count_on_cpu(rows, columns.long(), torch.arange(4)), by_product)
+    assert by_product.sum() == ((rows < 4) & (columns < 4)).sum()
+
+
+def test_change_scores_of_one_image_and_of_many_are_the_same() -> None:
+    matrices = torch.tensor(
+        [[[5, 0], [0, 0]], [[5, 2], [0, 0]], [[3, 0], [2, 0]], [[3, 1], [2, 4]]]
+    )
+    many = change_scores(*count_change(matrices))
+    for k, matrix in enumerate(matrices):
+        confusion = Confusion(1)
+        confusion.matrix.copy_(matrix)
+        one = confusion.scores()
+        assert {name: values[k].item() for name, values in many.items()}.items() <= one.items()
+    assert many["change_iou"].tolist() == pytest.approx([1, 0, 0, 4 / 7])
+
+
+def test_a_split_without_change_says_so() -> None:
+    confusion = Confusion(3)
+    confusion.add(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[0, 0, 255]]]))
+    assert not confusion.has_change()
+    confusion.add(torch.tensor([[[0]]]), torch.tensor([[[2]]]))
+    assert confusion.has_change()
+
+
 @pytest.mark.fault("D14")
 def test_no_change_anywhere_is_defined() -> None:
     zeros = torch.zeros(1, 4, 4, dtype=torch.long)
@@ -138,6 +180,56 @@ def test_curve_passes_through_the_scores() -> None:
     assert (recall.diff() <= 0).all()
 
 
+def exact_average_precision(probability: np.ndarray, changed: np.ndarray) -> float:
+    """Sum precision over each step of recall, one threshold for each distinct probability."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted(set(probability.tolist()), reverse=True):
+        predicted = probability >= threshold
+        now = (predicted & changed).sum() / changed.sum()
+        total += (now - recall) * (predicted & changed).sum() / predicted.sum()
+        recall = now
+    return total
+
+
+def test_average_precision_is_right_where_probabilities_pile_up_at_the_ends() -> None:
+    rng = np.random.default_rng(0)
+    changed = rng.random(600) < 0.3
+    logits = np.where(changed, 1.0, -1.0) * rng.exponential(2, 600) + rng.normal(0, 3, 600)
+    logits = logits.clip(-7, 7).astype(np.float32)
+    probability = torch.from_numpy(logits).sigmoid().numpy()
+    exact = exact_average_precision(probability, changed)
+    found = {}
+    for num_bins in (256, 65536):
+        histogram = ScoreHistogram(num_bins=num_bins)
+        histogram.update(
+            torch.from_numpy(logits).view(1, 1, 20, 30), torch.from_numpy(changed).view(1, 20, 30)
+        )
+        found[num_bins] = histogram.average_precision()
+    assert found[65536] == pytest.approx(exact, abs=2e-4)
+    assert found[256] < exact - 2e-3  # too few steps: what was wrong
+
+
+def test_the_best_threshold_by_hand() -> None:
+    histogram = ScoreHistogram()
+    histogram.counts[0, 10], histogram.counts[1, 200] = 90, 10
+    assert histogram.best_threshold() == 0.5  # every one from 11 to 200 is perfect
+    histogram.counts[0, 150] = 5
+    assert histogram.best_threshold() == 151 / 256
+    histogram.counts[1, 20] = 1000
+    assert histogram.best_threshold() == 20 / 256
+    histogram.counts[1] = 0  # no change at all
+    assert histogram.best_threshold() == 0.5
+    assert math.isnan(histogram.average_precision())
+
+
+def test_a_threshold_for_several_classes() -> None:
+    probability = torch.tensor([[0.6, 0.1, 0.3], [0.9, 0.06, 0.04], [0.1, 0.5, 0.4]])
+    logits = probability.log().T.reshape(1, 3, 1, 3)
+    assert predict_classes(logits).tolist() == [[[0, 0, 1]]]
+    assert predict_classes(logits, 0.3).tolist() == [[[2, 0, 1]]]
+    assert predict_classes(logits, 0.05).tolist() == [[[2, 1, 1]]]
+
+
 def test_each_class_has_scores_under_its_name() -> None:
     target = torch.tensor([[[0, 1, 2, 2, 2, 255]]])
     predicted = torch.tensor([[[0, 2, 2, 0, 2, 1]]])
@@ -183,12 +275,12 @@ def test_semantic_by_hand() -> None:
     sek = kappa * math.exp(4 / 6 - 1)
     assert scores["sek"] == pytest.approx(sek)
     assert scores["scd_score"] == pytest.approx(0.3 * (4 / 6 + 1 / 2) / 2 + 0.7 * sek)
-    # 3 of 6 claimed pixels are right, 3 of 4 true ones are found
+    # 3 of 6 predicted pixels are right, 3 of 4 true ones are found
     assert scores["f_scd"] == pytest.approx(2 * (3 / 6) * (3 / 4) / (3 / 6 + 3 / 4))
     assert scores["iou/building"] == pytest.approx(2 / 4)
-    truth, claimed, right = confusion.transitions.tolist()
+    truth, predicted, right = confusion.transitions.tolist()
     assert truth == [[2, 0, 0], [0, 0, 2], [0, 0, 0]]
-    assert claimed == [[1, 0, 0], [0, 0, 2], [0, 0, 1]]
+    assert predicted == [[1, 0, 0], [0, 0, 2], [0, 0, 1]]
     assert right == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 

@@ -161,7 +161,7 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     assert stored_threshold(Path(best)) is None
 
 
-def test_classes_have_values_a_palette_and_no_threshold(tmp_path: Path) -> None:
+def test_classes_have_values_a_palette_and_a_threshold_if_asked(tmp_path: Path) -> None:
     colors = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
     data = {"class_names": ["none", "road", "house"], "class_colors": colors}
     checkpoint = checkpoint_of(tmp_path / "k.pt", data, num_classes=3)
@@ -172,8 +172,8 @@ def test_classes_have_values_a_palette_and_no_threshold(tmp_path: Path) -> None:
     assert set(values) <= {0, 1, 2} and len(values) > 1
     painted = np.asarray(mask.convert("RGB")).reshape(-1, 3)
     assert {tuple(c) for c in painted.tolist()} == {tuple(colors[v]) for v in values}
-    with pytest.raises(UserError, match="has 3 classes.*likeliest"):
-        run(checkpoint, *files, tmp_path / "out2", threshold=0.4)
+    (all_change,) = run(checkpoint, *files, tmp_path / "out2", threshold=0.0)
+    assert all_change.changed == 1
 
 
 def test_folders_are_paired_by_stem(checkpoint: Path, tmp_path: Path) -> None:

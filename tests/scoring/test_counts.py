@@ -10,15 +10,16 @@ from metrics import Confusion, ScoreHistogram, build_confusion, predict_classes
 from pairs.images import IGNORE
 from runtime.errors import UserError
 from scoring.counts import (
+    STEPS,
     ImageCounts,
     Prediction,
     SplitCounts,
-    best_threshold,
-    change_iou,
+    add_to_histogram,
+    compare,
     count_image,
     dice_per_image,
-    histogram_of,
 )
+from scoring.objects import ObjectCounts
 
 POINTS: dict[str, float | None] = {"default": None, "low": 64 / 256, "high": 200 / 256}
 
@@ -39,24 +40,15 @@ def example(
     return logits, target.to(torch.uint8)
 
 
-def count(
-    logits: Tensor, target: Tensor, num_classes: int, task: str = "change", **more: object
-) -> SplitCounts:
+def count(logits: Tensor, target: Tensor, num_classes: int, task: str = "change") -> SplitCounts:
     batch = Prediction.of_logits(logits, task)
     empty = functools.partial(build_confusion, task, num_classes)
-    return SplitCounts(
-        [
-            count_image(
-                str(i),
-                Prediction(batch.change[i], batch.kinds[i], batch.classes[i]),
-                target[i].numpy(),
-                points=POINTS,
-                num_labels=len(empty().classes),
-            )
-            for i in range(len(target))
-        ],
-        empty,
-    )
+    histogram, images = ScoreHistogram(num_bins=STEPS), []
+    for i, truth in enumerate(target.numpy()):
+        one = Prediction(batch.change[i], batch.change_classes[i], batch.classes[i])
+        add_to_histogram(histogram, one, truth)
+        images.append(count_image(str(i), one, truth, points=POINTS, empty=empty))
+    return SplitCounts(images, histogram, empty)
 
 
 def test_what_is_no_number_is_refused() -> None:
@@ -78,9 +70,9 @@ def test_scores_are_those_of_one_confusion_over_all(num_classes: int, task: str)
     confusion.update(logits, as_batch(target, task))
     assert torch.equal(counts.confusion("default").counts, confusion.counts)
     assert counts.scores("default").items() >= confusion.scores().items()
-    histogram = ScoreHistogram()
+    histogram = ScoreHistogram(num_bins=STEPS)
     histogram.update(logits, as_batch(target, task), task=task)
-    assert (counts.histogram == histogram.counts.numpy()).all()
+    assert torch.equal(counts.histogram.counts, histogram.counts)
 
 
 @pytest.mark.parametrize(("num_classes", "task"), [(1, "change"), (4, "semantic")])
@@ -114,25 +106,14 @@ def test_a_probability_on_the_threshold_is_not_above_it() -> None:
 
 def test_every_threshold_of_the_histogram_is_exact() -> None:
     logits, target = example(1)
-    iou = change_iou(count(logits, target, 1).histogram)
-    for i in (1, 50, 128, 255):
+    iou = count(logits, target, 1).histogram.change_iou()
+    for i in (1, 50, 20_000, 32_768, 65_535):
         confusion = Confusion(1)
-        confusion.add(predict_classes(logits, i / 256), target[:, 0])
-        assert iou[i] == pytest.approx(confusion.scores()["change_iou"], abs=1e-12)
+        confusion.add(predict_classes(logits, i / STEPS), target[:, 0])
+        assert iou[i].item() == confusion.scores()["change_iou"]
 
 
-def test_the_best_threshold_by_hand() -> None:
-    histogram = np.zeros((2, 256), np.int64)
-    histogram[0, 10], histogram[1, 200] = 90, 10
-    assert best_threshold([histogram]) == 0.5  # every one from 11 to 200 is perfect
-    histogram[0, 150] = 5
-    assert best_threshold([histogram]) == 151 / 256
-    histogram[1, 20] = 1000
-    assert best_threshold([histogram]) == 20 / 256
-    assert best_threshold([histogram * np.array([[1], [0]])]) == 0.5  # no change at all
-
-
-def test_a_model_that_claims_nothing_gets_the_known_values() -> None:
+def test_a_model_that_predicts_nothing_gets_the_known_values() -> None:
     """Of 20 images 11 are empty: 0.55, LEVIR-CD's share of empty patches."""
     target = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
     target[:9, :, :2] = 1
@@ -142,19 +123,19 @@ def test_a_model_that_claims_nothing_gets_the_known_values() -> None:
     assert scores["dice_per_image_empty_0"] == 0
     assert scores["change_iou"] == scores["change_recall"] == scores["change_precision"] == 0
     assert scores["accuracy"] == pytest.approx(1 - 9 * 8 / 320)
-    assert (scores["objects_real"], scores["objects_missed"]) == (9, 9)
-    assert scores["objects_claimed"] == 0
+    assert (scores["objects_in_truth"], scores["objects_missed"]) == (9, 9)
+    assert scores["objects_predicted"] == 0
 
 
-def matrix(hit: int, false_alarm: int, missed: int, rest: int) -> list[list[int]]:
-    return [[rest, false_alarm], [missed, hit]]
+def matrix(tp: int, fp: int, fn: int, tn: int) -> list[list[int]]:
+    return [[tn, fp], [fn, tp]]
 
 
 def test_dice_per_image_by_hand() -> None:
     images = [
         matrix(3, 1, 1, 5),  # 6 / 8
         matrix(0, 0, 4, 6),  # all missed
-        matrix(0, 2, 0, 8),  # empty, with claims
+        matrix(0, 2, 0, 8),  # empty, with false positives
         matrix(0, 0, 0, 10),  # empty, rightly
         matrix(0, 0, 0, 0),  # ignored whole
     ]
@@ -165,7 +146,7 @@ def test_dice_per_image_by_hand() -> None:
     }
     nothing = dice_per_image(np.array([matrix(0, 0, 0, 10)]))
     assert np.isnan(nothing["dice_per_image_changed"])
-    several = np.array([[[5, 1, 0], [0, 2, 1], [1, 0, 3]]])  # a wrong class of change is a hit
+    several = np.array([[[5, 1, 0], [0, 2, 1], [1, 0, 3]]])  # a wrong class of change is change
     assert dice_per_image(several)["dice_per_image_changed"] == 12 / 14
 
 
@@ -193,8 +174,8 @@ def test_calibrated_predictions_have_no_error() -> None:
 
 
 def test_average_precision_of_perfect_and_of_constant_predictions() -> None:
-    assert fixed([0.9, 0.8, 0.2], [1, 1, 0]).average_precision() == pytest.approx(1)
-    assert fixed([0.3] * 4, [1, 0, 0, 0]).average_precision() == pytest.approx(0.25)
+    assert fixed([0.9, 0.8, 0.2], [1, 1, 0]).histogram.average_precision() == pytest.approx(1)
+    assert fixed([0.3] * 4, [1, 0, 0, 0]).histogram.average_precision() == pytest.approx(0.25)
 
 
 def test_the_interval_holds_the_estimate_and_the_seed_decides() -> None:
@@ -218,11 +199,10 @@ def test_the_interval_is_that_of_the_normal_approximation() -> None:
     rng = np.random.default_rng(0)
     right = rng.integers(60, 100, 200)
     images = [
-        ImageCounts("", (10, 10), np.zeros((2, 256), np.int64), np.zeros(256),
-                    {"default": np.array([[[r, 100 - r], [0, 0]]])}, {})
+        ImageCounts("", (10, 10), {"default": np.array([[[r, 100 - r], [0, 0]]])}, {})
         for r in right
-    ]  # fmt: skip
-    counts = SplitCounts(images, functools.partial(Confusion, 1))
+    ]
+    counts = SplitCounts(images, ScoreHistogram(), functools.partial(Confusion, 1))
     low, high = counts.intervals("default")["accuracy"]
     reach = 1.96 * (right / 100).std() / np.sqrt(200)
     assert (low, high) == pytest.approx(
@@ -235,8 +215,63 @@ def test_ignored_pixels_are_no_objects_and_no_counts() -> None:
     target[..., 0, 0] = 1
     counts = count(torch.full((1, 1, 6, 6), 9.0), target, 1)
     scores = counts.scores("default")
-    assert counts.histogram.sum() == 1
-    assert scores["objects_claimed"] == scores["objects_found"] == 1
-    batch = Prediction.of_logits(torch.full((1, 1, 6, 6), 9.0), "change")
-    one = Prediction(batch.change[0], batch.kinds[0], batch.classes[0])
-    assert (histogram_of(one, target[0].numpy()) == counts.histogram).all()
+    assert counts.histogram.counts.sum() == 1
+    assert scores["objects_predicted"] == scores["objects_found"] == 1
+
+
+def test_pixels_of_semantic_change_count_once() -> None:
+    logits, target = example(4, "semantic")
+    counts = count(logits, target, 4, "semantic")
+    predicted, truth = predict_classes(logits, task="semantic"), target.long()
+    valid = truth[:, 0] != IGNORE
+    is_true, is_predicted = (truth[:, 0] > 0) & valid, (predicted[:, 0] > 0) & valid
+    for i, image in enumerate(counts.images):
+        pixels = image.pixels("default")
+        assert pixels.tp == (is_true & is_predicted)[i].sum()
+        assert pixels.fp == (~is_true & is_predicted)[i].sum()
+        assert pixels.fn == (is_true & ~is_predicted)[i].sum()
+        assert pixels.tp + pixels.fp + pixels.fn + pixels.tn == valid[i].sum() == 21 * 18
+        is_wrong = (predicted != truth).any(1) & valid
+        assert pixels.wrong == is_wrong[i].sum()
+
+
+def test_pixels_of_several_classes_by_hand() -> None:
+    table = np.array([[[5, 1, 0], [0, 2, 1], [1, 0, 3]]])
+    pixels = ImageCounts("", (1, 13), {"default": table}, {}).pixels("default")
+    assert (pixels.tp, pixels.fp, pixels.fn, pixels.tn, pixels.wrong_class) == (6, 1, 1, 5, 1)
+    assert pixels.wrong == 3
+
+
+def test_a_model_is_no_better_than_itself_and_better_than_a_worse_one() -> None:
+    logits, target = example(1, num=12)
+    good = logits + 3 * (2.0 * target - 1)
+    first, second = count(logits, target, 1), count(good, target, 1)
+    same = compare(first, first, "default")
+    assert (same.value, same.interval, same.share_higher) == (0, (0, 0), 0)
+    better = compare(first, second, "default", seed=1)
+    scores = [counts.scores("default")["change_iou"] for counts in (first, second)]
+    assert better.value == pytest.approx(scores[1] - scores[0]) and better.share_higher == 1
+    assert 0 < better.interval[0] < better.value < better.interval[1]
+    assert compare(first, second, "default", seed=1) == better
+    worse = compare(second, first, "default", seed=1)
+    assert worse.interval == pytest.approx((-better.interval[1], -better.interval[0]))
+
+
+def test_the_interval_of_a_difference_is_narrower_than_both() -> None:
+    """Models that fail on the same images are told apart though their own intervals overlap."""
+    rng = np.random.default_rng(0)
+    tp = rng.integers(10, 90, 60)
+
+    def counts_of(tp: np.ndarray) -> SplitCounts:
+        images = [
+            ImageCounts("", (10, 10), {"default": np.array([[[0, 0], [100 - n, n]]])},
+                        {"default": ObjectCounts()})
+            for n in tp
+        ]  # fmt: skip
+        return SplitCounts(images, ScoreHistogram(), functools.partial(Confusion, 1))
+
+    first, second = counts_of(tp), counts_of(tp + 2)
+    low, high = first.intervals("default")["change_iou"]
+    assert low < second.scores("default")["change_iou"] < high
+    found = compare(first, second, "default")
+    assert found.interval == pytest.approx((0.02, 0.02)) and found.value == pytest.approx(0.02)

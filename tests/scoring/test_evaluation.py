@@ -8,17 +8,18 @@ from data_helpers import save_pair, save_tree
 from torch import Tensor
 
 from dataset import open_dataset
+from metrics import ScoreHistogram
 from model import SiameseUNet, build_model
 from pairs.sources import Source
 from scoring import protocols
 from scoring.corruptions import CORRUPTIONS
-from scoring.counts import best_threshold, histogram_of
+from scoring.counts import STEPS, add_to_histogram
 from scoring.evaluation import BY_VAL, DEFAULT, evaluate_protocol, measure_robustness
 from scoring.protocols import Predictor
 
 
 class Darkness(SiameseUNet):
-    """Claims change where the later date is dark; knows no training."""
+    """Predicts change where the later date is dark; knows no training."""
 
     calls = 0
 
@@ -45,11 +46,10 @@ def test_the_threshold_comes_from_val_alone(
     predictor: Predictor, splits: dict[str, Source], tmp_path: Path
 ) -> None:
     result = evaluate_protocol(predictor, "patches", splits["test"], splits["val"])
-    on_val = list(predictor.predict(splits["val"], "patches"))
-    assert result.points == {
-        DEFAULT: None,
-        BY_VAL: best_threshold(histogram_of(*predicted) for predicted in on_val),
-    }
+    of_val = ScoreHistogram(num_bins=STEPS)
+    for predicted in predictor.predict(splits["val"], "patches"):
+        add_to_histogram(of_val, *predicted)
+    assert result.points == {DEFAULT: None, BY_VAL: of_val.best_threshold()}
     save_pair(tmp_path / "set" / "test", "another", 99)
     more = open_dataset(tmp_path / "set", "test").source
     again = evaluate_protocol(predictor, "patches", more, splits["val"])
@@ -76,7 +76,7 @@ def test_on_val_the_chosen_threshold_is_the_best(
 
 def test_the_worst_come_first(predictor: Predictor, splits: dict[str, Source]) -> None:
     result = evaluate_protocol(predictor, "whole", splits["test"], splits["val"])
-    wrong = [image.num_wrong(DEFAULT) for image in result.counts.images]
+    wrong = [image.pixels(DEFAULT).wrong for image in result.counts.images]
     assert [wrong[number] for number, _ in result.worst] == sorted(wrong, reverse=True)[:10]
 
 
@@ -109,7 +109,7 @@ def test_pixels_from_outside_the_frame_are_not_counted(rows: list[dict[str, Any]
 
 
 def test_a_model_that_looks_at_brightness_loses_by_it(rows: list[dict[str, Any]]) -> None:
-    by_level = {r["level"]: r["objects_claimed"] for r in rows if r["corruption"] == "brightness"}
+    by_level = {r["level"]: r["objects_predicted"] for r in rows if r["corruption"] == "brightness"}
     recall = {r["level"]: r["change_recall"] for r in rows if r["corruption"] == "brightness"}
     assert recall[0.6] > recall[1] > recall[1.6]
     assert set(by_level) == set(CORRUPTIONS["brightness"].levels)

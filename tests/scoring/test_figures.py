@@ -7,10 +7,10 @@ import torch
 from data_helpers import save_tree
 
 from dataset import open_dataset
-from metrics import Confusion
+from metrics import Confusion, ScoreHistogram
 from pairs.sources import Source
 from scoring.corruptions import CORRUPTIONS
-from scoring.counts import Prediction, SplitCounts, count_image
+from scoring.counts import STEPS, Prediction, SplitCounts, add_to_histogram, count_image
 from scoring.evaluation import BY_VAL, DEFAULT, ProtocolResult
 from scoring.figures import draw_all, plot_calibration, plot_precision_recall, plot_worst
 from visualize import save_figure
@@ -26,21 +26,15 @@ def result_of(source: Source, logits: torch.Tensor | None = None) -> ProtocolRes
     if logits is None:
         logits = 3 * torch.randn(len(source), 1, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = Prediction.of_logits(logits, "change")
-    predictions = [
-        Prediction(*arrays) for arrays in zip(batch.change, batch.kinds, batch.classes, strict=True)
-    ]
+    arrays = zip(batch.change, batch.change_classes, batch.classes, strict=True)
+    predictions = [Prediction(*of_image) for of_image in arrays]
     points = {DEFAULT: None, BY_VAL: 0.25}
-    images = [
-        count_image(
-            f"a/very/long/name/of/a/scene_{i}",
-            prediction,
-            source.channels(i)[6:].numpy(),
-            points=points,
-            num_labels=2,
-        )
-        for i, prediction in enumerate(predictions)
-    ]
-    counts = SplitCounts(images, functools.partial(Confusion, 1))
+    empty, histogram, images = functools.partial(Confusion, 1), ScoreHistogram(num_bins=STEPS), []
+    for i, prediction in enumerate(predictions):
+        name, truth = f"a/very/long/name/of/a/scene_{i}", source.channels(i)[6:].numpy()
+        add_to_histogram(histogram, prediction, truth)
+        images.append(count_image(name, prediction, truth, points=points, empty=empty))
+    counts = SplitCounts(images, histogram, empty)
     return ProtocolResult("in words", points, counts, list(enumerate(predictions)))
 
 
@@ -62,7 +56,7 @@ def test_all_figures_have_the_title_and_can_be_saved(source: Source, tmp_path: P
     for name, figure in figures.items():
         assert figure.get_suptitle().startswith("run on val")
         save_figure(figure, tmp_path / f"{name}.png")
-    assert "threshold 0.2500, chosen on val" in figures["confusion_val"].get_suptitle()
+    assert "threshold 0.25000, chosen on val" in figures["confusion_val"].get_suptitle()
     assert "patches of 3 pairs, threshold 0.5" in figures["robustness"].get_suptitle()
     without = draw_all({"whole": result}, [], source, title="t", rule="argmax")
     assert "robustness" not in without
@@ -72,14 +66,14 @@ def test_all_figures_have_the_title_and_can_be_saved(source: Source, tmp_path: P
 def test_the_marks_lie_on_the_curve(source: Source) -> None:
     result = result_of(source)
     curve, sweep = plot_precision_recall({"patches": result}, "t").axes
-    precision, recall = result.counts.precision_recall()
+    precision, recall = (x.numpy() for x in result.counts.histogram.precision_recall())
     marks = {
         line.get_marker(): (*np.ravel(line.get_xdata()), *np.ravel(line.get_ydata()))
         for line in curve.lines
         if line.get_marker() in ("o", "D") and np.size(line.get_xdata())
     }
-    assert marks["o"] == pytest.approx((recall[128], precision[128]))
-    assert marks["D"] == pytest.approx((recall[64], precision[64]))
+    assert marks["o"] == pytest.approx((recall[STEPS // 2], precision[STEPS // 2]))
+    assert marks["D"] == pytest.approx((recall[STEPS // 4], precision[STEPS // 4]))
     iou = result.counts.scores(BY_VAL)["change_iou"]
     mark = next(line for line in sweep.lines if line.get_marker() == "D")
     assert (*np.ravel(mark.get_xdata()), *np.ravel(mark.get_ydata())) == pytest.approx((0.25, iou))
@@ -95,6 +89,6 @@ def test_predictions_of_one_value_are_drawn_too(source: Source, tmp_path: Path) 
 def test_the_worst_pairs_carry_their_names(source: Source) -> None:
     figure = plot_worst(result_of(source), source, "t")
     assert len(figure.axes) == 3 * 5
-    wrong = int(result_of(source).counts.images[0].num_wrong(DEFAULT))
+    wrong = int(result_of(source).counts.images[0].pixels(DEFAULT).wrong)
     label = figure.axes[0].get_ylabel()
     assert source.pairs[0].name in label and f"{wrong} px wrong" in label

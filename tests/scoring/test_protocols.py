@@ -88,8 +88,8 @@ def test_two_dates_of_classes(source: Source) -> None:
     for protocol in PROTOCOLS:
         for prediction, truth in Predictor(semantic).predict(TwoDates(), protocol):
             height, width = prediction.change.shape
-            assert prediction.kinds.shape == truth.shape == (2, height, width)
-            assert prediction.kinds.min() >= 1 and prediction.kinds.max() <= 3
+            assert prediction.change_classes.shape == truth.shape == (2, height, width)
+            assert prediction.change_classes.min() >= 1 and prediction.change_classes.max() <= 3
 
 
 def test_no_room_says_what_to_try(source: Source, model: SiameseUNet) -> None:

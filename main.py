@@ -167,7 +167,7 @@ from training.engine import (
     learn_epoch,
     warmup_cosine,
 )
-from training.recipe import recipe_without_weights
+from training.recipe import sample_recipe
 from training.results import Results
 from training.run import Run, open_run
 from training.splits import Data, open_data
@@ -279,7 +279,7 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
         layout = find_pairs(root, config.task)
     can_choose = run.state is None and config.weights == "imagenet" and "weights" not in given
     if is_sample(layout.root) and can_choose:
-        recipe = from_rank_0(lambda: recipe_without_weights(config.backbone, given))
+        recipe = from_rank_0(lambda: sample_recipe(config.backbone, given))
         config = replace(config, **recipe)
     classes = choose_classes(
         layout.root,

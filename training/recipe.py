@@ -1,8 +1,7 @@
-"""How the sample run goes on where ImageNet weights cannot be had.
+"""How the sample run differs from others: small crops, and a way on without ImageNet weights.
 
 On the synthetic sample set alone a run may take the small encoder whose weights pip brings, or
-train from scratch, by recipes of their own, and says so loudly. On real data missing weights are an
-error.
+train from scratch, and says so loudly. On real data missing weights are an error.
 """
 
 from collections.abc import Collection
@@ -26,19 +25,18 @@ FROM_SCRATCH: dict[str, Any] = {
 }
 
 
-def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, Any]:
-    """Return the options that replace ImageNet's weights where these cannot be had, else nothing.
+def sample_recipe(backbone: str, given: Collection[str]) -> dict[str, Any]:
+    """Return the options of a sample run that are not the defaults.
 
     Args:
-        backbone: whose weights are wanted.
+        backbone: whose ImageNet weights are wanted.
         given: names of the options that the user has chosen; these stay.
     """
     try:
         weights.library_weights(backbone)
     except WeightsUnavailableError as error:
         has_package = "backbone" not in given and weights.package_folder() is not None
-        recipe = FROM_PIP if has_package else FROM_SCRATCH
-        recipe = {name: value for name, value in recipe.items() if name not in given}
+        recipe = _without(FROM_PIP if has_package else FROM_SCRATCH, given)
         how = (
             f"with ImageNet's weights of {LITE} from {PACKAGE}"
             if has_package
@@ -50,4 +48,11 @@ def recipe_without_weights(backbone: str, given: Collection[str]) -> dict[str, A
         print(f"!! its scores are not those of {backbone}. On real data this is an error.")
         print(rule)
         return recipe
-    return {}
+    recipe = _without(SMALL_SET, given)
+    if recipe:
+        print(f"small   the sample set is, so this run takes {as_flags(recipe)}")
+    return recipe
+
+
+def _without(recipe: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in given}

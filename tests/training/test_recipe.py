@@ -1,4 +1,4 @@
-"""What the sample run takes where ImageNet weights cannot be had."""
+"""What the sample run takes, above all where ImageNet weights cannot be had."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from networks import weights
 from networks.encoders import LITE
 from networks.weights import WeightsUnavailableError
-from training.recipe import FROM_PIP, FROM_SCRATCH, recipe_without_weights
+from training.recipe import FROM_PIP, FROM_SCRATCH, SMALL_SET, sample_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def test_the_package_s_weights_are_taken_and_stay_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(weights, "package_folder", lambda: tmp_path)
-    recipe = recipe_without_weights("resnet50", {"lr"})
+    recipe = sample_recipe("resnet50", {"lr"})
     assert recipe == {name: value for name, value in FROM_PIP.items() if name != "lr"}
     assert not {"weights", "freeze_backbone"} & set(FROM_PIP)  # ImageNet's, hence frozen
     said = capsys.readouterr().out
@@ -37,5 +37,15 @@ def test_without_the_package_or_with_a_chosen_encoder_it_goes_from_scratch(
 ) -> None:
     folder = tmp_path if given else None
     monkeypatch.setattr(weights, "package_folder", lambda: folder)
-    recipe = recipe_without_weights("resnet50", given)
+    recipe = sample_recipe("resnet50", given)
     assert recipe == {name: value for name, value in FROM_SCRATCH.items() if name not in given}
+
+
+def test_with_weights_the_small_set_still_gets_small_crops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(weights, "library_weights", lambda backbone: ({}, "ImageNet"))
+    recipe = sample_recipe("resnet50", {"batch_size"})
+    assert recipe == {name: value for name, value in SMALL_SET.items() if name != "batch_size"}
+    assert "--crop-size 128" in capsys.readouterr().out
+    assert sample_recipe("resnet50", set(SMALL_SET)) == {}

@@ -6,6 +6,7 @@ processes share each batch: `torchrun --standalone --nproc-per-node 2 main.py`.
 """
 
 import sys
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +159,7 @@ from runtime.distributed import (
     run,
     world_size,
 )
+from runtime.progress import duration
 from runtime.sync_batch_norm import synchronize
 from training.engine import (
     Learner,
@@ -183,6 +185,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend.
         Interrupted: by a signal, after saving.
     """
+    began = time.monotonic()
     with ExitStack() as stack:
         run = open_run(Config, given, ROOT / "runs", stack, check_options)
         device = pick_device(run.config.device, local_rank())
@@ -198,7 +201,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
             run.save(learner)
         fit(run, learner, data, results)
         results.finish(learner)
-    print(results.summary(ROOT))
+    print(f"{results.summary(ROOT)}\ntime        {duration(time.monotonic() - began)}", flush=True)
     return run.best
 
 
@@ -210,6 +213,7 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
         Interrupted: by a signal, after saving.
     """
     config, progress = run.config, learner.progress
+    began, done_before = time.monotonic(), progress.epoch + progress.batch / len(data.train)
     confusion = data.confusion(progress.device)
     with (
         run.saved_if_data_fails(learner),
@@ -226,6 +230,7 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
                 batch_size=config.batch_size,
                 accumulate=config.accumulate,
                 clip_norm=config.clip_grad,
+                epochs_left=config.epochs - epoch,
                 after_update=lambda: run.save_if_due(learner),
             )
             on_val, histogram = evaluate(
@@ -235,17 +240,14 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
                 confusion=confusion,
                 precision=learner.precision,
             )
-            is_best = run.is_best(on_val)
-            name = confusion.headline.replace("_", " ").replace("iou", "IoU")
-            score = f"{name} {on_val[confusion.headline]:.3f}  "
-            headline = "" if confusion.headline == "change_iou" else score
-            print(
-                f"epoch {epoch:3}/{config.epochs}  loss {on_train['loss']:.3f}  "
-                f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
-                f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
-                f"{headline}{speed:.1f} pairs/s, {waiting:.0%} waiting for data"
-                f"{'  best' if is_best else ''}",
-                flush=True,
+            seconds = (time.monotonic() - began) / (epoch - done_before)
+            results.print_epoch(
+                epoch,
+                on_train,
+                on_val,
+                pairs_per_second=speed,
+                data_wait_share=waiting,
+                seconds_left=seconds * (config.epochs - epoch),
             )
             results.log_epoch(
                 epoch,
@@ -258,7 +260,7 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
             )
             if epoch % config.draw_every == 0:
                 results.draw(learner.model, epoch, on_val["change_iou"])
-            if is_best:
+            if run.is_best(on_val):
                 results.draw_matrix(confusion, epoch)
             run.save_epoch(learner, on_val)
 
@@ -357,7 +359,7 @@ def build(
     )
     return Learner(
         model=model,
-        in_training=parallel(model, device, has_idle_weights=config.backbone.startswith(TIMM)),
+        ddp_model=parallel(model, device, has_idle_weights=config.backbone.startswith(TIMM)),
         model_kwargs={**architecture, "freeze_backbone": model.encoder.frozen},
         weights=weights,
         criterion=build_loss(

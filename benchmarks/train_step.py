@@ -73,11 +73,11 @@ def train(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scheduler = warmup_cosine(optimizer, warmup_steps=1, total_steps=10**6)
     criterion, precision = CombinedIoULoss(), Precision.named(amp, device)
-    in_training = parallel(model, device, has_idle_weights=False)
+    ddp_model = parallel(model, device, has_idle_weights=False)
 
     def work() -> float:
         train_one_epoch(
-            in_training,
+            ddp_model,
             criterion,
             [batch] * steps,
             optimizer,

@@ -98,7 +98,7 @@ class StopRequest:
 def visible(text: str) -> str:
     """Escape what a terminal would obey: messages repeat names and values of foreign files."""
     return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )
 
 

@@ -66,7 +66,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         with whole_file(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+            # of a name that is no text, \\udcff: JSON's own escape
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
 

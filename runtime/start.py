@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from runtime.config import parse
+from runtime.errors import visible
 
 CGROUP = Path("/sys/fs/cgroup")
 # How OpenMP's threads wait for each other; each of its libraries reads a name of its own
@@ -76,7 +77,7 @@ def keep_output() -> None:
     """Let the script live on when nobody can read what it prints, and let it print any name.
 
     Standard output and error may be closed, a pipe whose reader has gone, or a file on a full disk.
-    A character that the locale does not have is printed as its escape.
+    A character that the locale does not have, or that a terminal obeys, is printed as its escape.
     """
     for number in (0, 1, 2):  # else the next file that is opened, a checkpoint, gets the number
         try:
@@ -89,14 +90,11 @@ def keep_output() -> None:
 
 def _kept(stream: TextIO | None, number: int) -> TextIO:
     if stream is None:
-        stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        return KeptStream(open(number, "wb", closefd=False), "utf-8", "backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
         return stream  # a test's or a notebook's own
     return KeptStream(
-        stream.buffer,
-        encoding=stream.encoding,
-        errors="backslashreplace",
-        line_buffering=stream.line_buffering,
+        stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
     )
 
 
@@ -111,6 +109,8 @@ class KeptStream(io.TextIOWrapper):
 
     def write(self, text: str, /) -> int:
         """Write, or note that it cannot be done."""
+        if self is sys.stdout:  # bars on the other one move the cursor
+            text = visible(text)
         try:
             return super().write(text)
         except OSError as error:

@@ -605,9 +605,9 @@ def test_a_file_that_disappears_ends_the_run_and_its_workers(tree: Path, tmp_pat
     assert state["progress"]["epoch"] >= 1
 
 
-@pytest.mark.fault("R3")
+@pytest.mark.fault("R3", "R27")
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_real_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, tree: Path, tmp_path: Path
 ) -> None:

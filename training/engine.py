@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm import tqdm
 
 from dataset import PairLoader
 from metrics import Confusion, ScoreHistogram
@@ -25,6 +24,7 @@ from model import SiameseUNet
 from runtime.devices import Precision
 from runtime.distributed import all_reduce_, no_sync, rank, summand, world_size
 from runtime.errors import DivergedError
+from runtime.progress import Bar, duration
 
 CHECK_EVERY = 32
 
@@ -251,10 +251,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Learner:
-    """The model and all that changes it; `in_training` is what to call then."""
+    """The model and all that changes it; `ddp_model` is what to call in training."""
 
     model: SiameseUNet
-    in_training: nn.Module
+    ddp_model: nn.Module
     model_kwargs: dict[str, Any]
     weights: str  # that the encoder began with, in words
     criterion: nn.Module
@@ -282,6 +282,7 @@ def learn_epoch(
     batch_size: int,
     accumulate: int,
     clip_norm: float,
+    epochs_left: int,
     after_update: Callable[[], None],
 ) -> tuple[dict[str, float], float, float]:
     """Train on what is left of an epoch, under a progress bar.
@@ -293,7 +294,8 @@ def learn_epoch(
         batch_size: pairs in a batch, of all processes together.
         accumulate: batches per update.
         clip_norm: limit of the gradient's norm; 0 is none.
-        after_update: see `engine.train_one_epoch`.
+        epochs_left: epochs after this one, for the time that the run has left.
+        after_update: see `train_one_epoch`.
 
     Returns:
         Loss and scores, pairs per second, and the share of the time that went waiting for data.
@@ -304,22 +306,21 @@ def learn_epoch(
     num_pairs = (num_batches - progress.batch) * in_batch
     sampler: Any = loader.batch_sampler
     sampler.set_epoch(progress.epoch, first_batch=progress.batch)
-    with tqdm(
-        total=num_batches,
-        initial=progress.batch,
-        desc=title,
-        unit="batch",
-        leave=False,
-        disable=True if rank() else None,  # where nobody watches
+    first = progress.batch
+    with Bar(
+        total=num_batches, initial=first, desc=title, unit="batches", disable=rank() > 0
     ) as bar:
 
         def look(progress: Progress) -> None:
             if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
-                bar.set_postfix(loss=f"{progress.mean_loss():.3f}", refresh=False)
+                seconds = (time.perf_counter() - start) / (progress.batch - first)
+                left = seconds * (num_batches * (1 + epochs_left) - progress.batch)
+                run = f"run {duration(left)} left"
+                bar.set_postfix_str(f"loss {progress.mean_loss():.3f}, {run}", refresh=False)
             after_update()
 
         scores = train_one_epoch(
-            learner.in_training,
+            learner.ddp_model,
             learner.criterion,
             loader,
             learner.optimizer,

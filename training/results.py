@@ -15,6 +15,7 @@ from model import load_model
 from pairs.synthetic.sample_set import SAMPLE_LABEL
 from runtime.distributed import rank
 from runtime.files import whole_file
+from runtime.progress import duration
 from runtime.tracking import Tracker
 from runtime.tracking_mlflow import without_secrets
 from training.engine import Learner
@@ -50,6 +51,30 @@ class Results:
         self.data = data
         self.copy = images / PICTURE
         self.not_written: set[Path] = set()  # of which it was said
+
+    def print_epoch(
+        self,
+        epoch: int,
+        on_train: Mapping[str, float],
+        on_val: Mapping[str, float],
+        *,
+        pairs_per_second: float,
+        data_wait_share: float,
+        seconds_left: float,
+    ) -> None:
+        """Print one epoch's line, and how long the run will go on."""
+        headline, last = self.run.headline, self.run.config.epochs
+        name = headline.replace("_", " ").replace("iou", "IoU")
+        score = f"{name} {on_val[headline]:.3f}  " if headline != "change_iou" else ""
+        print(
+            f"epoch {epoch:3}/{last}  loss {on_train['loss']:.3f}  "
+            f"val: loss {on_val['loss']:.3f}  change IoU {on_val['change_iou']:.3f}  "
+            f"change Dice {on_val['change_dice']:.3f}  mean Dice {on_val['mean_dice']:.3f}  "
+            f"{score}{pairs_per_second:.1f} pairs/s, {data_wait_share:.0%} waiting for data"
+            f"{f', {duration(seconds_left)} left' if epoch < last else ''}"
+            f"{'  best' if self.run.is_best(on_val) else ''}",
+            flush=True,
+        )
 
     def log_epoch(
         self,

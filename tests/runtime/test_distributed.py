@@ -200,7 +200,7 @@ def learn(folder: Path, rank: int) -> None:
     model = Tiny().double()
     synchronize(model)
     device = torch.device("cpu")
-    in_training = distributed.parallel(model, device, has_idle_weights=False)
+    ddp_model = distributed.parallel(model, device, has_idle_weights=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, fused=True)
     progress = Progress(Confusion(1))
     sampler = EpochSampler(15, 3, shuffle=True, seed=0)
@@ -210,7 +210,7 @@ def learn(folder: Path, rank: int) -> None:
         drawn = [[samples[index] for _, index in keys] for keys in sampler]
         batches: Any = [tuple(map(torch.stack, zip(*pairs, strict=True))) for pairs in drawn]
         summary = train_one_epoch(
-            in_training, MeanOverImages(), batches, optimizer,
+            ddp_model, MeanOverImages(), batches, optimizer,
             torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), progress,
             precision=Precision.named("off", device), num_batches=5, batch_size=3, accumulate=2,
         )  # fmt: skip

@@ -22,6 +22,7 @@ def fail(error: BaseException) -> int:
         (DivergedError("loss"), 3, "error: loss\n"),
         (Interrupted("saved", signal.SIGINT), 130, "saved\n"),
         (Interrupted("saved", signal.SIGTERM), 143, "saved\n"),
+        (Interrupted("saved", signal.SIGHUP), 129, "saved\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -38,8 +39,8 @@ def test_success_is_0_and_our_own_faults_keep_their_traceback() -> None:
         fail(ZeroDivisionError())
 
 
-@pytest.mark.fault("R3")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.fault("R3", "R27")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_is_noted_and_its_echo_ignored(
     number: signal.Signals, capsys: pytest.CaptureFixture
 ) -> None:
@@ -51,6 +52,17 @@ def test_first_signal_is_noted_and_its_echo_ignored(
         assert stop.signal_number == number
     assert signal.getsignal(number) is before
     assert capsys.readouterr().err.count("stopping after this step") == 1
+
+
+@pytest.mark.fault("R27")
+def test_a_run_under_nohup_does_not_hear_the_terminal_close() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal_number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.fault("R3")

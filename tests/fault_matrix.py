@@ -32,6 +32,7 @@ ROWS = {
     "D21": "a file replaced with the same size and time: noticed before its pixels count",
     "D22": "a cache or memo zeroed or with flipped bits: noticed, made again",
     "D23": "a drive without locks, two processes building one cache: never a wrong pair",
+    "D25": "names that are not UTF-8, or hold ESC and newlines; ASCII locale: printed escaped",
     # runs
     "R1": "kill -9 at any moment: resumed bit for bit",
     "R2": "kill -9 while a checkpoint is written: the old or the new one is whole",
@@ -59,6 +60,9 @@ ROWS = {
     "R24": "a sample set half made: noticed, made again",
     "R25": "secrets in addresses and the environment: never written",
     "R26": "servers: on this machine only",
+    "R27": "the terminal closes (SIGHUP): saved as for SIGTERM",
+    "R28": "stdout or stderr closed, a broken pipe, a log on a full disk: the run goes on",
+    "R33": "Ctrl-C while modules are imported: exit 130 without a traceback",
     # checkpoints and hostile files
     "C1": "truncated, empty, foreign bytes: refused; resuming takes the newest good one",
     "C2": "a flipped bit: noticed",

@@ -348,6 +348,19 @@ def test_bad_data_stops_before_anything_is_written(tree: Path, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fault("D14")
+def test_where_val_holds_no_change_the_loss_chooses(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for path in (tree / "val" / "label").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
+    best = train(options(tree, epochs=3, name="a"))
+    losses = [float(row["val/loss"]) for row in rows(tmp_path / "runs" / "a")]
+    assert best["loss"] == pytest.approx(min(losses))
+    assert best["epoch"] == 1 + losses.index(min(losses))
+    assert "val holds no change: this epoch has the lowest loss" in capsys.readouterr().out
+
+
 @pytest.mark.fault("D10")
 def test_mixed_sizes_train(tmp_path: Path) -> None:
     tree = save_tree(tmp_path / "mixed", size=(40, 70), train=2, val=1)

@@ -134,6 +134,10 @@ class Results:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""
         best, run = self.run.best, self.run
         lines = [f"\nbest epoch {best['epoch']:.0f}, whole validation split, threshold 0.5"]
+        if not run.val_has_change:
+            lines.append(
+                "  val holds no change: this epoch has the lowest loss, and no score counts"
+            )
         lines += [
             f"  {name:38} {best[key]:.4f}" for key, name in SCORE_NAMES.items() if key in best
         ]

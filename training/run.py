@@ -8,6 +8,7 @@ run.save_epoch(learner, scores)                         last.pt, and best.pt if 
 """
 
 import dataclasses
+import math
 import re
 import shlex
 import time
@@ -88,6 +89,7 @@ class Run:
         headline = data.confusion(learner.progress.device).headline
         self.no_best = {"epoch": 0, "change_iou": -1.0, headline: -1.0}
         self.headline = headline
+        self.val_has_change = data.checked.splits["val"].holds_change
         self.best = self.no_best
         self.mlflow_run_id = None
         if self.last and self.state:
@@ -133,7 +135,9 @@ class Run:
         return tracker
 
     def is_best(self, scores: Mapping[str, float]) -> bool:
-        """Whether an epoch is better than all before."""
+        """Whether an epoch is better than all before, by loss where val holds no change to find."""
+        if not self.val_has_change:
+            return scores["loss"] < self.best.get("loss", math.inf)
         return scores[self.headline] > self.best[self.headline]
 
     def save(self, learner: Learner) -> Path:

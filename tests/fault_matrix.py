@@ -32,6 +32,7 @@ ROWS = {
     "D21": "a file replaced with the same size and time: noticed before its pixels count",
     "D22": "a cache or memo zeroed or with flipped bits: noticed, made again",
     "D23": "a drive without locks, two processes building one cache: never a wrong pair",
+    "D24": "class names with $, lone surrogates, 50,000 characters, CJK: shown as text; no run ends",
     "D25": "names that are not UTF-8, or hold ESC and newlines; ASCII locale: printed escaped",
     # runs
     "R1": "kill -9 at any moment: resumed bit for bit",

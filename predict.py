@@ -9,7 +9,7 @@ polygons.py say what is in them). Started by torchrun, several processes share t
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Config:
 
     align: bool = option(
         False, "resample the later date onto the grid of the earlier one", group="what goes in"
+    )
+    allow_vrt: bool = option(
+        False,
+        "open VRTs and all else that GDAL knows, which may open any other file or address",
     )
     bands: tuple[int, ...] | None = option(
         None,
@@ -202,6 +206,17 @@ def reading_of(config: Config) -> Reading:
     return Reading.asked(config.bands, config.scale, config.alpha)
 
 
+def opened(pair: ScenePair, config: Config) -> AbstractContextManager[Scene]:
+    """Open both dates of a scene as the options say."""
+    return open_scene(
+        pair.before,
+        pair.after,
+        reading=reading_of(config),
+        align=config.align,
+        allow_vrt=config.allow_vrt,
+    )
+
+
 def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
     """Return the options with the threshold chosen, and the scenes.
 
@@ -209,6 +224,9 @@ def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
         UserError: a file that cannot be read, or maps that are there.
     """
     scenes = find_scenes(Path(config.before), Path(config.after))
+    for scene in scenes:
+        with opened(scene, config):
+            pass
     path = Path(config.checkpoint)
     if config.threshold is None and kinds.has_threshold:
         if chosen := stored_threshold(path):
@@ -266,9 +284,7 @@ def predict_pair(
     """
     start = time.perf_counter()
     with (
-        open_scene(
-            pair.before, pair.after, reading=reading_of(config), align=config.align
-        ) as scene,
+        opened(pair, config) as scene,
         closing(_bands(model, scene, pair.name, config, leave_if_asked, shared)) as bands,
     ):
         if shared and rank() > 0:

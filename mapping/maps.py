@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mapping.grids import Grid
 from mapping.polygons import write_polygons
-from mapping.rasters import Bools, Bytes, Grid, Scene
+from mapping.rasters import Bools, Bytes, Scene
 from metrics import change_probability, check_logits, predict_classes
 from pairs.images import IGNORE
 from runtime.errors import UserError

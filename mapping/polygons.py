@@ -1,17 +1,21 @@
-"""Class maps on a grid become polygons: GeoJSON with area and mean probability.
+"""Class maps on a grid become polygons with area and mean probability: GeoJSON and GeoPackage.
 
     outline       along the pixels' edges; pixels that touch at a corner alone are two polygons
-    coordinates   longitude and latitude of WGS 84, seven decimals (a centimetre): RFC 7946
+    GeoJSON       longitude and latitude of WGS 84 (RFC 7946), cut at 180 degrees into a feature
+                  for each side; as many decimals as a hundredth of a pixel needs, at least 7
+    GeoPackage    the scene's own CRS
     area_m2       on the ground: in a Lambert azimuthal projection, which keeps areas, of the WGS 84
                   ellipsoid around the scene's middle, whatever the raster's own CRS is
 
 Polygons are held in memory, some hundred bytes a corner: a map of single pixels takes gigabytes.
 A metre of UTM or Web Mercator is not a metre on the ground, and a degree is none at all, so areas
-are never taken in the raster's own coordinates.
+are never taken in the raster's own coordinates. A straight edge of the raster is a curve in
+longitude and latitude: long ones get points between, a tenth of a pixel from the curve at most.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,97 +24,243 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mapping.rasters import place
+from mapping.grids import Grid, place, to_lon_lat
 from pairs.labels import MIN_PIXELS
+from runtime.errors import UserError
 
 _AT_ONCE = 2000  # polygons whose coordinates are transformed in one call
 _ROWS = 512  # of the raster that are held for the mean probabilities
+_EARTH = 6.4e6  # metres, the radius
+_DEGREE = 111320.0  # metres, of latitude
 
 Points = NDArray[np.float64]  # (n, 2): x, y
+Describe = Callable[[int], dict[str, object]]
 
 
 @dataclass
 class Polygon:
-    """One polygon: rings in the raster's CRS, the outer one first; the last point is the first."""
+    """One polygon: rings in pixels, the outer one first; the last point is the first.
+
+    Attributes:
+        value: its class.
+        rings: columns and rows of the corners, whole numbers.
+        area: in square metres.
+        outline: in the raster's CRS, a shapely geometry.
+        probability: the mean over its pixels.
+    """
 
     value: int
     rings: list[Points]
-    area: float  # square metres
-    lon_lat: list[Points]
+    area: float
+    outline: Any = None
     probability: float = float("nan")
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Its left, top, right and bottom, in pixels."""
+        (left, top), (right, bottom) = self.rings[0].min(0), self.rings[0].max(0)
+        return int(left), int(top), int(right), int(bottom)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The ground under a raster.
+
+    Attributes:
+        crs: of the raster.
+        transform: from pixels to the CRS.
+        equal_area: a projection around its middle, as PROJ writes it.
+        pixel_area: square metres of the pixel in its middle.
+        latitude: the one next to a pole of its corners and middle.
+    """
+
+    crs: Any
+    transform: Any
+    equal_area: str
+    pixel_area: float
+    latitude: float
+
+    @classmethod
+    def of(cls, source: Any) -> "Ground":
+        """Return that of an open rasterio dataset."""
+        grid = Grid(source.height, source.width, source.crs, source.transform)
+        lat = to_lon_lat(source.crs, *grid.points())[1]
+        equal_area = _equal_area_crs(source)
+        row, column = source.height // 2, source.width // 2
+        x, y = column + np.array([0, 0, 1, 1, 0]), row + np.array([0, 1, 1, 0, 0])
+        outline = place(source.transform, x, y).T
+        area = abs(signed_area(next(_transformed([outline], source.crs, equal_area))))
+        return cls(source.crs, source.transform, equal_area, area, float(abs(lat).max()))
+
+    @property
+    def max_edge(self) -> float:
+        """The pixels of an edge whose chord stays within a tenth of a pixel of its curve."""
+        pixel = math.sqrt(self.pixel_area)
+        bend = max(1.0, math.tan(math.radians(min(self.latitude, 89.999999))))
+        return max(1.0, math.sqrt(0.8 * _EARTH / (pixel * bend)))
+
+    @property
+    def decimals(self) -> int:
+        """Of longitude and latitude, for a hundredth of a pixel."""
+        return _decimals(math.sqrt(self.pixel_area) / _DEGREE / 100, 7)
+
+    @property
+    def area_decimals(self) -> int:
+        """Of square metres, for a hundredth of a pixel."""
+        return _decimals(self.pixel_area / 100, 2)
+
+    def points(self, rings: Iterable[Points]) -> list[Points]:
+        """Turn rings in pixels into rings of the CRS, with points between far corners."""
+        dense = (_densified(ring, self.max_edge) for ring in rings)
+        return [place(self.transform, *ring.T).T for ring in dense]
+
+
+def _decimals(step: float, at_least: int) -> int:
+    return min(max(at_least, math.ceil(-math.log10(step))), 13)
 
 
 def write_polygons(
-    path: Path,
-    classes: Path,
-    probability: Path,
-    *,
-    describe: Callable[[int], dict[str, object]],
-    unit: float = 1.0,
-    min_area: float | None = 0.0,
-    fill_holes: float = 0.0,
+    path: Path, classes: Path, probability: Path, *, describe: Describe, **options: Any
 ) -> tuple[int, int]:
-    """Write the polygons of a class map.
+    """Write the polygons of a class map as GeoJSON.
 
     Args:
         path: of the GeoJSON.
         classes: a raster of class values; 0 and its nodata are no polygons.
         probability: a raster on the same grid.
         describe: gives the properties of a class value.
-        unit: what a step of the probability's values is.
-        min_area: of a polygon, in square metres; smaller ones are left out. None is that of as many
-            pixels as an object has that `objects.py` counts.
-        fill_holes: holes of up to so many square metres are filled, unless they hold other change
-            or pixels without data.
+        options: of `find_polygons`.
 
     Returns:
         The number of polygons, and of those left out.
     """
-    import rasterio
-
-    with rasterio.open(classes) as source, rasterio.open(probability) as chances:
-        found, num_left_out = _polygons(source, min_area, fill_holes)
-        _add_probabilities(found, source, chances, unit)
-    with path.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        for number, polygon in enumerate(found):
-            feature = {
-                "type": "Feature",
-                "properties": {
-                    **describe(polygon.value),
-                    "area_m2": round(polygon.area, 2),
-                    "mean_probability": round(polygon.probability, 3),
-                },
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [np.round(ring, 7).tolist() for ring in polygon.lon_lat],
-                },
-            }
-            file.write(f"{',' if number else ''}\n{json.dumps(feature)}")
-        file.write("\n]}\n")
+    found, num_left_out, ground = find_polygons(classes, probability, **options)
+    write_geojson(path, found, ground, describe)
     return len(found), num_left_out
 
 
-def _polygons(source: Any, min_area: float | None, fill_holes: float) -> tuple[list[Polygon], int]:
+def find_polygons(
+    classes: Path,
+    probability: Path,
+    *,
+    unit: float = 1.0,
+    min_area: float | None = 0.0,
+    fill_holes: float = 0.0,
+    simplify: float = 0.0,
+) -> tuple[list[Polygon], int, Ground]:
+    """Return the polygons of a class map, the number of those left out, and the ground.
+
+    Args:
+        classes: a raster of class values; 0 and its nodata are no polygons.
+        probability: a raster on the same grid.
+        unit: what a step of the probability's values is.
+        min_area: of a polygon, in square metres; smaller ones are left out. None is that of
+            `MIN_PIXELS` pixels.
+        fill_holes: holes of up to so many square metres are filled, unless they hold other change
+            or pixels without data.
+        simplify: metres; outlines lose corners of triangles smaller than its square. Borders that
+            two polygons share stay shared. 0 keeps all corners.
+    """
+    import rasterio
+
+    with rasterio.open(classes) as source, rasterio.open(probability) as chances:
+        ground = Ground.of(source)
+        found, num_left_out = _polygons(source, ground, min_area, fill_holes)
+        _add_probabilities(found, source, chances, unit)
+    _draw(found, ground, simplify)
+    return found, num_left_out, ground
+
+
+def write_geojson(path: Path, found: Sequence[Polygon], ground: Ground, describe: Describe) -> None:
+    """Write polygons in longitude and latitude."""
+    import shapely
+
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        comma = ""
+        for polygon, outline in zip(found, _in_lon_lat(found, ground), strict=True):
+            parts = shapely.get_parts(outline)
+            areas = [polygon.area]
+            if len(parts) > 1:
+                areas = _areas(parts, "EPSG:4326", ground.equal_area).tolist()
+            for number, (part, area) in enumerate(zip(parts, areas, strict=True), 1):
+                properties = {
+                    **describe(polygon.value),
+                    "area_m2": round(area, ground.area_decimals),
+                    "mean_probability": round(polygon.probability, 3),
+                    **({"part": f"{number} of {len(parts)}"} if len(parts) > 1 else {}),
+                }
+                geometry = shapely.geometry.mapping(part)
+                feature = {"type": "Feature", "properties": properties, "geometry": geometry}
+                file.write(f"{comma}\n{json.dumps(feature)}")
+                comma = ","
+        file.write("\n]}\n")
+
+
+def write_geopackage(
+    path: Path, found: Sequence[Polygon], ground: Ground, describe: Describe, layer: str
+) -> None:
+    """Write polygons in the raster's own CRS, as one layer."""
+    import shapely
+    from pyogrio.raw import write
+
+    about = [describe(polygon.value) for polygon in found]
+    columns: dict[str, NDArray[Any]] = {}
+    for name in describe(1):
+        values = [properties[name] for properties in about]
+        columns[name] = np.array(values, dtype=None if values and name == "class" else object)
+    columns["area_m2"] = np.array([round(p.area, ground.area_decimals) for p in found], float)
+    columns["mean_probability"] = np.array([round(p.probability, 3) for p in found], float)
+    write(
+        str(path),
+        geometry=shapely.to_wkb([polygon.outline for polygon in found]),
+        field_data=list(columns.values()),
+        fields=list(columns),
+        geometry_type="MultiPolygon",
+        promote_to_multi=True,
+        crs=ground.crs.to_wkt(),
+        driver="GPKG",
+        layer=layer,
+    )
+
+
+def check_installed(path: Path) -> None:
+    """Raise UserError, naming a scene, if what draws polygons is not installed."""
+    try:
+        import pyogrio  # noqa: F401
+        import shapely  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{path}: polygons need {error.name}: pip install -r requirements-geo.txt, "
+            "or --polygons none"
+        ) from None
+
+
+def _polygons(
+    source: Any, ground: Ground, min_area: float | None, fill_holes: float
+) -> tuple[list[Polygon], int]:
     """Return the polygons that are large enough, and the number of the others."""
     import rasterio
     from rasterio.features import shapes
 
     band = rasterio.band(source, 1)  # GDAL goes along its lines; the raster is never held whole
     mask = band if source.dtypes[0] == "uint8" else None  # spares the polygon of class 0
+    back = ~source.transform
     outlines = (
-        (int(value), [np.array(ring) for ring in shape["coordinates"]])
+        (
+            int(value),
+            [np.round(place(back, *np.transpose(ring))).T for ring in shape["coordinates"]],
+        )
         for shape, value in shapes(band, mask=mask, connectivity=4, transform=source.transform)
         if value not in (0, source.nodata)
     )
-    equal_area = equal_area_crs(source)
     if min_area is None:  # half a pixel less, as a pixel is not the same size all over a scene
-        min_area = (MIN_PIXELS - 0.5) * _pixel_area(source, equal_area)
+        min_area = (MIN_PIXELS - 0.5) * ground.pixel_area
     found: list[Polygon] = []
     num_left_out = 0
     while chunk := list(islice(outlines, _AT_ONCE)):
-        flat = _transformed([r for _, rings in chunk for r in rings], source.crs, equal_area)
-        kept: list[Polygon] = []
+        points = ground.points(ring for _, rings in chunk for ring in rings)
+        flat = _transformed(points, ground.crs, ground.equal_area)
         for value, rings in chunk:
             areas = [signed_area(next(flat)) for _ in rings]
             holes = zip(rings[1:], areas[1:], strict=True)
@@ -121,42 +271,127 @@ def _polygons(source: Any, min_area: float | None, fill_holes: float) -> tuple[l
             area = sum(abs(a) * (1 if i == 0 else -1) for i, a in enumerate(areas) if is_kept[i])
             if area >= min_area:
                 left = [ring for ring, keep in zip(rings, is_kept, strict=True) if keep]
-                kept.append(Polygon(value, left, area, []))
-        flat = _transformed([r for p in kept for r in p.rings], source.crs, "EPSG:4326")
-        for polygon in kept:
-            polygon.lon_lat = [_turned(next(flat), i == 0) for i in range(len(polygon.rings))]
-        found += kept
-        num_left_out += len(chunk) - len(kept)
+                found.append(Polygon(value, left, area))
+            else:
+                num_left_out += 1
     return found, num_left_out
 
 
 def _is_unchanged(source: Any, hole: Points) -> bool:
     """Whether a hole holds class 0 alone: neither a polygon of its own nor pixels without data."""
     from rasterio.features import geometry_mask
+    from rasterio.transform import Affine
     from rasterio.windows import Window
 
-    columns, rows = np.round(place(~source.transform, *hole.T))
-    left, top = int(columns.min()), int(rows.min())
-    window = Window(left, top, int(columns.max()) - left, int(rows.max()) - top)
-    inside = source.read(1, window=window)
+    (left, top), (right, bottom) = hole.min(0).astype(int), hole.max(0).astype(int)
+    inside = source.read(1, window=Window(left, top, right - left, bottom - top))
     is_outside = geometry_mask(
         [{"type": "Polygon", "coordinates": [hole.tolist()]}],
         out_shape=inside.shape,
-        transform=source.window_transform(window),
+        transform=Affine.translation(left, top),
     )
     return not inside[~is_outside].any()
 
 
-def _pixel_area(source: Any, equal_area: str) -> float:
-    """Return the square metres on the ground of the pixel in a raster's middle."""
-    row, column = source.height // 2, source.width // 2
-    x = column + np.array([0, 0, 1, 1, 0])
-    y = row + np.array([0, 1, 1, 0, 0])
-    outline = place(source.transform, x, y).T
-    return abs(signed_area(next(_transformed([outline], source.crs, equal_area))))
+def _draw(found: Sequence[Polygon], ground: Ground, simplify: float) -> None:
+    """Give each polygon its outline, simplified if that is asked for, with the area of that."""
+    import shapely
+
+    if not found:
+        return
+    if simplify <= 0:
+        for polygon in found:
+            polygon.outline = shapely.Polygon(*_shell_and_holes(ground.points(polygon.rings)))
+        return
+    # a border is only shared where both sides have the same points: all corners of all pixels
+    dense = [place(ground.transform, *_densified(ring, 1.0).T).T for p in found for ring in p.rings]
+    flat = _transformed(dense, ground.crs, ground.equal_area)
+    drawn = [shapely.Polygon(*_shell_and_holes([next(flat) for _ in p.rings])) for p in found]
+    simple = shapely.coverage_simplify(drawn, simplify)
+    outlines = _moved(simple, ground.equal_area, ground.crs)
+    for polygon, area, outline in zip(found, shapely.area(simple), outlines, strict=True):
+        polygon.area, polygon.outline = float(area), outline
 
 
-def equal_area_crs(source: Any) -> str:
+def _shell_and_holes(rings: list[Points]) -> tuple[Points, list[Points]]:
+    return rings[0], rings[1:]
+
+
+def _in_lon_lat(found: Sequence[Polygon], ground: Ground) -> Iterator[Any]:
+    """Yield outlines in longitude and latitude, valid, cut at 180 degrees, as RFC 7946 wants."""
+    import shapely
+
+    for first in range(0, len(found), _AT_ONCE):
+        outlines = np.array([polygon.outline for polygon in found[first : first + _AT_ONCE]])
+        there = _moved(outlines, ground.crs, "EPSG:4326")
+        west, _, east, _ = shapely.bounds(there).T
+        for i in np.flatnonzero((west < -180) | (east > 180) | (east - west > 180)):
+            there[i] = _cut(there[i])
+        # corners that coincide stay so; `pointwise` moves each, and no more
+        there = shapely.transform(there, lambda points: np.round(points, ground.decimals))
+        for i in np.flatnonzero(~shapely.is_valid(there)):
+            there[i] = _only_areas(shapely.make_valid(there[i]))
+        yield from shapely.orient_polygons(there)
+
+
+def _cut(polygon: Any) -> Any:
+    """Cut a polygon that crosses 180 degrees, or lies beyond, into parts from -180 to 180.
+
+    Its edges may jump from one side of the map to the other, and it may hold a pole.
+    """
+    import shapely
+
+    rings = [shapely.get_coordinates(ring) for ring in (polygon.exterior, *polygon.interiors)]
+    shell, *holes = (_within(ring) for ring in rings)
+    return _only_areas(shapely.difference(shell, shapely.union_all(holes)))
+
+
+def _within(ring: Points) -> Any:
+    """Return the area in a ring of longitudes and latitudes, between -180 and 180."""
+    import shapely
+
+    lon, lat = ring.T
+    lon = lon + 360 * np.concatenate([[0], -np.cumsum(np.round(np.diff(lon) / 360))])
+    if abs(lon[-1] - lon[0]) > 180:  # once around: the pole is inside
+        pole = math.copysign(90.0, lat.mean())
+        lon = np.concatenate([lon, [lon[-1], lon[0], lon[0]]])
+        lat = np.concatenate([lat, [pole, pole, lat[0]]])
+    whole = shapely.make_valid(shapely.Polygon(np.stack([lon, lat], axis=1)))
+    parts = []
+    for turn in range(math.floor((lon.min() + 180) / 360), math.ceil((lon.max() + 180) / 360)):
+        world = shapely.box(-180 + 360 * turn, -90, 180 + 360 * turn, 90)
+        here = shapely.intersection(whole, world)
+        parts.append(shapely.transform(here, lambda points, by=turn: points - [360 * by, 0]))
+    return _only_areas(shapely.union_all(parts))
+
+
+def _only_areas(geometry: Any) -> Any:
+    """Return the polygons of a geometry, without points and lines where parts touch."""
+    import shapely
+
+    parts = shapely.get_parts(geometry)
+    parts = parts[shapely.area(parts) > 0]
+    return parts[0] if len(parts) == 1 else shapely.multipolygons(shapely.get_parts(parts))
+
+
+def _moved(geometries: Any, crs: Any, to: str | Any) -> Any:
+    """Transform shapely geometries from one CRS to another, all points in one call."""
+    import shapely
+    from rasterio.warp import transform
+
+    def there(points: Points) -> Points:
+        return np.stack(transform(crs, to, *points.T), axis=1) if len(points) else points
+
+    return shapely.transform(geometries, there)
+
+
+def _areas(geometries: Any, crs: Any, equal_area: str) -> Any:
+    import shapely
+
+    return shapely.area(_moved(geometries, crs, equal_area))
+
+
+def _equal_area_crs(source: Any) -> str:
     """Return the equal-area projection around a raster's middle, as PROJ writes it."""
     from rasterio.warp import transform
 
@@ -171,6 +406,18 @@ def signed_area(ring: Points) -> float:
     return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
 
 
+def _densified(ring: Points, step: float) -> Points:
+    """Return a ring in pixels with whole points on edges that are longer than `step`."""
+    counts = np.ceil(np.abs(np.diff(ring, axis=0)).max(1) / max(1, math.floor(step))).astype(int)
+    if counts.max() <= 1:
+        return ring
+    pieces = [
+        np.round(np.linspace(a, b, count, endpoint=False))
+        for a, b, count in zip(ring[:-1], ring[1:], counts, strict=True)
+    ]
+    return np.concatenate([*pieces, ring[-1:]])
+
+
 def _transformed(rings: Iterable[Points], crs: Any, to: str) -> Iterator[Points]:
     """Transform many rings in one call, which is a hundred times faster than one by one."""
     from rasterio.warp import transform
@@ -183,43 +430,33 @@ def _transformed(rings: Iterable[Points], crs: Any, to: str) -> Iterator[Points]
     yield from np.split(moved, np.cumsum([len(ring) for ring in rings])[:-1])
 
 
-def _turned(ring: Points, is_outer: bool) -> Points:
-    """Outer rings run counter-clockwise, holes clockwise, as RFC 7946 wants it."""
-    return ring if (signed_area(ring) > 0) == is_outer else ring[::-1]
-
-
 def _add_probabilities(found: list[Polygon], source: Any, chances: Any, unit: float) -> None:
     """Average the probability over the pixels of each polygon's class, block of rows by block."""
     from rasterio.features import rasterize
+    from rasterio.transform import Affine
     from rasterio.windows import Window
 
     counts, sums = np.zeros((2, len(found) + 1))
-    rows_of = [_rows(polygon, source) for polygon in found]
+    values = np.array([0, *(polygon.value for polygon in found)])
+    tops, bottoms = np.array([(p.box[1], p.box[3]) for p in found]).reshape(-1, 2).T
     for top in range(0, source.height, _ROWS):
         bottom = min(top + _ROWS, source.height)
-        here = [i for i, (low, high) in enumerate(rows_of) if low < bottom and high > top]
-        if not here:
+        here = np.flatnonzero((tops < bottom) & (bottoms > top))
+        if not len(here):
             continue
         window = Window(0, top, source.width, bottom - top)
         ids = rasterize(
             (
                 ({"type": "Polygon", "coordinates": [r.tolist() for r in found[i].rings]}, i + 1)
-                for i in here
+                for i in here.tolist()
             ),
             out_shape=(bottom - top, source.width),
-            transform=source.window_transform(window),
+            transform=Affine.translation(0, top),
             dtype="int32",
         )
-        values = np.array([0, *(polygon.value for polygon in found)])
         classes, chance = source.read(1, window=window), chances.read(1, window=window)
         is_inside = (ids > 0) & (classes == values[ids])  # filled holes do not count
         counts += np.bincount(ids[is_inside], minlength=len(counts))
         sums += np.bincount(ids[is_inside], chance[is_inside] * unit, minlength=len(sums))
     for polygon, total, count in zip(found, sums[1:], counts[1:], strict=True):
-        polygon.probability = total / count
-
-
-def _rows(polygon: Polygon, source: Any) -> tuple[float, float]:
-    """Return the first row of a polygon and the one behind its last."""
-    _, rows = place(~source.transform, *polygon.rings[0].T)
-    return float(rows.min()) - 0.5, float(rows.max()) + 0.5
+        polygon.probability = float(total / count)

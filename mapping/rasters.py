@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mapping.grids import Grid, grid_of, overlap, warped
 from pairs.bands import AS_STORED, Reading
 from pairs.gdal import RasterBands, open_raster
 from pairs.headers import OTHER, Header, header_of
-from pairs.images import FORMATS, MAX_PIXELS, ORIENTATION, read_pixels, read_size
+from pairs.images import FORMATS, MAX_PIXELS, ORIENTATION, Pixels, read_pixels, read_size
+from pairs.sealed import sidecars, world_file
 from runtime.errors import UserError
 
 # Rasters have any ending; these are looked for in folders
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".jp2", ".vrt", ".img"}
 MAX_PLAIN = 2**24  # pixels of an image that is rather decoded whole: 4,096 x 4,096
-_MAX_SHIFT = 0.05  # pixels between two grids that count as one
+_GEO_WORDS = ("<SRS", "<GeoTransform", "<GCPList", 'domain="RPC"', "<GeodataXform")  # of .aux.xml
 
 Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where a scene's pixels lie.
-
-    Attributes:
-        height, width: in pixels.
-        crs: rasterio's CRS, None where there is none.
-        transform: of pixel corners to the CRS's coordinates, an `affine.Affine`; None as well.
-    """
-
-    height: int
-    width: int
-    crs: Any = None
-    transform: Any = None
-
-    def __str__(self) -> str:
-        size = f"{self.width} x {self.height} pixels"
-        if self.transform is None:
-            return f"{size}, not georeferenced"
-        t = self.transform
-        name = self.crs.to_string() if self.crs else "no CRS"
-        name = name if len(name) < 60 else f"{name[:57]}..."
-        return f"{size} of {t.a:.6g} x {-t.e:.6g} from ({t.c:.10g}, {t.f:.10g}), {name}"
-
-    @property
-    def has_place(self) -> bool:
-        """Whether its pixels lie on the Earth: a drawing's own coordinates do not."""
-        return self.crs is not None and (self.crs.is_geographic or self.crs.is_projected)
-
-    def matches(self, other: "Grid") -> bool:
-        """Whether both have the same pixels, to a twentieth of one."""
-        if (self.height, self.width, self.crs) != (other.height, other.width, other.crs):
-            return False
-        if self.transform is None or other.transform is None:
-            return self.transform is other.transform
-        corners = np.array([(x, y) for x in (0, self.width) for y in (0, self.height)], float).T
-        there = place(~self.transform, *place(other.transform, *corners))
-        return bool(np.abs(there - corners).max() < _MAX_SHIFT)
-
-
-def place(transform: Any, x: Any, y: Any) -> NDArray[np.float64]:
-    """Apply an `affine.Affine`: (2, ...) of x and y. Its own operator changes with its version."""
-    t = transform
-    return np.stack([t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f])
 
 
 class PlainImage:
@@ -90,17 +47,30 @@ class PlainImage:
     """
 
     def __init__(self, path: Path, reading: Reading) -> None:
-        self.path = path
-        found = read_pixels(path, reading, stretch=True)
-        self.pixels = found.rgb.transpose(2, 0, 1).copy()  # Pillow's memory may not be written to
-        self.grid = Grid(*self.pixels.shape[1:])
-        self.valid = np.ones(self.pixels.shape[1:], bool) if found.valid is None else found.valid
-        self.bands = found.bands
-        self.notes = _notes(path, found.stretched, found.remarks)
+        _check_header(path)
+        self.path, self.reading = path, reading
+        self.grid = Grid(*read_size(path))
+
+    @cached_property
+    def found(self) -> Pixels:
+        """The pixels, decoded at the first call."""
+        return read_pixels(self.path, self.reading, stretch=True)
+
+    @property
+    def bands(self) -> str:
+        """The bands in use, in words."""
+        return self.found.bands
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how it is read."""
+        return _notes(self.path, self.found.stretched, self.found.remarks)
 
     def read(self, top: int, bottom: int) -> tuple[Bytes, Bools]:
         """Return rows (3, n, W) and where they have data (n, W)."""
-        return self.pixels[:, top:bottom], self.valid[top:bottom]
+        rgb, valid = self.found.rgb[top:bottom], self.found.valid
+        rows = rgb.transpose(2, 0, 1).copy()  # Pillow's memory may not be written to
+        return rows, np.ones(rgb.shape[:2], dtype=bool) if valid is None else valid[top:bottom]
 
 
 class Raster:
@@ -119,22 +89,31 @@ class Raster:
     def __init__(self, path: Path, source: Any, reading: Reading) -> None:
         self.path = path
         self.source = source
-        self.grid = _grid_of(source)
-        header = header_of(path) if path.is_file() else Header()
-        if header.fault:
-            raise UserError(f"{path}: has {header.fault}, which cannot be read rightly")
-        self._raster = RasterBands(path, source, reading, header)
-        rendering = self._raster.rendering
-        thin = self._raster.thinned() if rendering.alpha or rendering.is_open else None
-        if thin is not None:
+        self.grid = grid_of(path, source)
+        self.resampled = ""
+        self._raster = RasterBands(path, source, reading, _check_header(path))
+        self.palette = self._raster.rendering.palette
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What the user should know of how it is read, after a look at its pixels."""
+        rendering, stretched = self._raster.rendering, ""
+        if rendering.alpha or rendering.is_open:
+            thin = self._raster.thinned()
             rendering.look(thin[0])
-        stretched = rendering.fit(*thin) if thin is not None and rendering.is_open else ""
-        self.palette = rendering.palette
-        self.bands = rendering.describe()
-        self.notes = _notes(path, stretched, rendering.remarks)
+            stretched = rendering.fit(*thin) if rendering.is_open else ""
+        lines = _notes(self.path, stretched, rendering.remarks)
+        return lines + [self.resampled] * bool(self.resampled)
+
+    @property
+    def bands(self) -> str:
+        """The bands in use, in words."""
+        return self._raster.rendering.describe()
 
     def read(self, top: int, bottom: int) -> tuple[Bytes, Bools]:
         """Return rows (3, n, W) and where they have data (n, W)."""
+        if self._raster.rendering.is_open:
+            self.notes  # noqa: B018 (the look fixes the range)
         self._raster.source = self.source
         return self._raster.read(((top, bottom), (0, self.grid.width)))
 
@@ -151,18 +130,22 @@ class Scene:
     Attributes:
         grid: of the first date, and so of everything that is written.
         is_plain: neither date went through GDAL.
-        notes: what the user should know of how the files are read.
     """
 
     def __init__(self, before: PlainImage | Raster, after: PlainImage | Raster) -> None:
         self.before, self.after = before, after
         self.grid = before.grid
         self.is_plain = isinstance(before, PlainImage) and isinstance(after, PlainImage)
-        self.notes = [f"bands   {line}" for line in _bands_in_use(before, after)]
-        self.notes += [note for date in (before, after) for note in date.notes]
-        if self.grid.transform is not None and not self.grid.has_place:
-            self.notes.append(f"{before.path}: has no CRS of the Earth, so there are no polygons")
         self._top, self._strip = 0, self._nothing()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, after a look at the pixels."""
+        dates = self.before, self.after
+        lines = [note for date in dates for note in date.notes]
+        lines += [date.grid.remark for date in dates]
+        bands = [f"bands   {line}" for line in _bands_in_use(*dates)]
+        return list(dict.fromkeys(filter(None, bands + lines)))
 
     def _nothing(self) -> tuple[Bytes, Bytes, Bools]:
         empty = np.zeros((3, 0, self.grid.width), dtype=np.uint8)
@@ -200,6 +183,7 @@ def open_scene(
     *,
     reading: Reading = AS_STORED,
     align: bool = False,
+    allow_vrt: bool = False,
 ) -> Iterator[Scene]:
     """Open both dates; they stay open until the `with` ends.
 
@@ -208,51 +192,43 @@ def open_scene(
         after: the later date.
         reading: how the bands of both become RGB bytes.
         align: resample the later date onto the grid of the earlier one, bilinearly.
+        allow_vrt: open formats that open other files, too.
 
     Raises:
         UserError: a file that cannot be read, two grids that differ, or rasterio is needed and
             not installed.
     """
     with ExitStack() as stack:
-        first = _open(before, stack, reading)
-        second = _open(after, stack, reading)
+        first = _open(before, stack, reading, allow_vrt)
+        second = _open(after, stack, reading, allow_vrt)
         if not first.grid.matches(second.grid):
             second = _aligned(first, second, stack, align)
         yield Scene(first, second)
 
 
-def check_readable(*paths: Path) -> None:
-    """Look at the header of each file.
-
-    Raises:
-        UserError: one is not there, or is no image; or rasterio is needed and not installed.
-    """
-    for path in paths:
-        _check_there(path)
-        if reason := _why_raster(path):
-            with ExitStack() as stack:
-                open_raster(path, reason, stack, AS_STORED)
-        else:
-            read_size(path)
-
-
-def _open(path: Path, stack: ExitStack, reading: Reading) -> PlainImage | Raster:
-    _check_there(path)
+def _open(path: Path, stack: ExitStack, reading: Reading, allow_vrt: bool) -> PlainImage | Raster:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     reason = _why_raster(path)
     if not reason:
         return PlainImage(path, reading)
-    return Raster(path, open_raster(path, reason, stack, reading), reading)
+    return Raster(path, open_raster(path, reason, stack, reading, allow_vrt=allow_vrt), reading)
 
 
-def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+def _check_header(path: Path) -> Header:
+    """Return a file's header; raise UserError if it says what cannot be read."""
+    header = header_of(path)
+    if header.fault:
+        raise UserError(f"{path}: has {header.fault}, which cannot be read rightly")
+    return header
 
 
 def _why_raster(path: Path) -> str:
     """Return why a file has to be read by strips through GDAL, or "" if it is read whole."""
     if path.suffix.lower() not in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}:
         return f"a {path.suffix or 'raster'} file"
+    if sidecar := _placed_by(path):
+        return f"placed by {sidecar.name}"
     header = header_of(path)
     if header.is_placed and header.orientation != 1:
         raise UserError(
@@ -287,10 +263,16 @@ def _why_raster(path: Path) -> str:
     return "a large image" if is_large and importlib.util.find_spec("rasterio") else ""
 
 
-def _grid_of(source: Any) -> Grid:
-    if source.crs is None and source.transform.is_identity:
-        return Grid(source.height, source.width)
-    return Grid(source.height, source.width, source.crs, source.transform)
+def _placed_by(path: Path) -> Path | None:
+    """Return the sidecar that says where an image lies, if there is one."""
+    beside = sidecars(path)
+    for file in (p for p in beside if p.name.lower().endswith(".aux.xml") and p.is_file()):
+        with file.open("rb") as opened:
+            head = opened.read(2**20).decode("utf-8", "replace")
+        if any(word in head for word in _GEO_WORDS):
+            return file
+    rpcs = (p for p in beside if p.name.lower().endswith(("_rpc.txt", ".rpb")))
+    return world_file(path) or next(rpcs, None)
 
 
 def _aligned(
@@ -315,30 +297,24 @@ def _aligned(
         )
     if not align:
         raise UserError(f"{sides} have different grids; --align puts the second on the first's")
+    if not overlap(first.grid, second.grid):
+        raise UserError(f"{sides} do not overlap")
     from rasterio.enums import Resampling
-    from rasterio.vrt import WarpedVRT
-    from rasterio.warp import transform_bounds
 
     assert isinstance(second, Raster)
-    source, grid = second.source, first.grid
-    left, bottom, right, top = transform_bounds(source.crs, grid.crs, *source.bounds)
-    here = first.source.bounds  # type: ignore[union-attr]
-    if left >= here.right or right <= here.left or bottom >= here.top or top <= here.bottom:
-        raise UserError(f"{sides} do not overlap")
+    source = second.source
     has_alpha = any(c.name == "alpha" for c in source.colorinterp)
-    warped = stack.enter_context(
-        WarpedVRT(
+    second.resampled = f"{second.path}: resampled, from {second.grid}"
+    second.source = stack.enter_context(
+        warped(
             source,
-            crs=grid.crs,
-            transform=grid.transform,
-            height=grid.height,
-            width=grid.width,
+            second.grid,
+            first.grid,
             resampling=Resampling.nearest if second.palette is not None else Resampling.bilinear,
             add_alpha=source.nodata is None and not has_alpha,
         )
     )
-    second.notes.append(f"{second.path}: resampled, from {second.grid}")
-    second.source, second.grid = warped, grid
+    second.grid = first.grid
     return second
 
 
@@ -361,7 +337,6 @@ def find_scenes(before: Path, after: Path) -> list[ScenePair]:
     if before.is_dir() != after.is_dir() and before.exists() and after.exists():
         raise UserError(f"{before} and {after}: give two files or two folders")
     if not before.is_dir():
-        check_readable(before, after)
         return [ScenePair(before.stem, before, after)]
     first, second = _by_stem(before), _by_stem(after)
     alone = [first[s] for s in first if s not in second]
@@ -371,7 +346,6 @@ def find_scenes(before: Path, after: Path) -> list[ScenePair]:
         raise UserError(f"{len(alone)} files have no partner of their stem: {names}")
     if not first:
         raise UserError(f"{before}: holds no image ({', '.join(sorted(ENDINGS))})")
-    check_readable(*first.values(), *second.values())
     return [ScenePair(stem, first[stem], second[stem]) for stem in sorted(first)]
 
 

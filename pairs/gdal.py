@@ -1,11 +1,9 @@
 """Files that rasterio reads (requirements-geo.txt): whole ones here, strips of scenes in mapping.
 
-rasterio is an extra and is imported where a file needs it.
+rasterio is an extra and is imported where a file needs it. `sealed.py` opens the files.
 """
 
-import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from pairs.bands import AS_STORED, Bools, Bytes, Kind, Reading, Rendering
 from pairs.headers import GREY, OTHER, Header
+from pairs.sealed import open_sealed
 from runtime.errors import UserError
 
 _SAMPLE_SIDE = 1024  # of the thinned-out image that percentiles are taken from
@@ -23,27 +22,8 @@ _SAMPLE_SIDE = 1024  # of the thinned-out image that percentiles are taken from
 Window = tuple[tuple[int, int], tuple[int, int]]
 
 
-def import_rasterio(path: Path, reason: str) -> Any:
-    """Return rasterio.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    # GDAL keeps decoded blocks in 5 % of the machine's memory; two strips need far less
-    os.environ.setdefault("GDAL_CACHEMAX", "256")
-    # sidecars are looked for by name: listing a folder of thousands for each file takes longer
-    os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")
-    try:
-        import rasterio
-    except ImportError:
-        raise UserError(
-            f"{path}: {reason}, which needs rasterio: pip install -r requirements-geo.txt"
-        ) from None
-    return rasterio
-
-
 def open_raster(
-    path: Path, reason: str, stack: ExitStack, reading: Reading, driver: str | None = None
+    path: Path, reason: str, stack: ExitStack, reading: Reading, *, allow_vrt: bool = False
 ) -> Any:
     """Return a rasterio dataset whose alpha is that of the reading, until the stack ends.
 
@@ -52,22 +32,14 @@ def open_raster(
         reason: why Pillow does not do, for the error.
         stack: closes it.
         reading: with `bands` or `alpha`, no band is alpha but the one that it names.
-        driver: the only one that may open it.
+        allow_vrt: see `open_sealed`.
 
     Raises:
         UserError: it cannot be opened, or rasterio is not installed.
     """
-    rasterio = import_rasterio(path, reason)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            source = stack.enter_context(rasterio.open(path, driver=driver))
-            if source.count and (reading.bands is not None or reading.alpha is not None):
-                source = _with_alpha(source, stack, reading.alpha)
-    except rasterio.errors.RasterioError as error:
-        raise UserError(f"{path}: cannot be opened ({str(error).splitlines()[0]})") from None
-    if not source.count:
-        raise UserError(f"{path}: holds several rasters; name one of {source.subdatasets[:3]}")
+    source = stack.enter_context(open_sealed(path, reason, allow_vrt=allow_vrt))
+    if reading.bands is not None or reading.alpha is not None:
+        source = _with_alpha(source, stack, reading.alpha)
     return source
 
 
@@ -146,7 +118,7 @@ def read_raster(path: Path, header: Header) -> tuple[NDArray[Any], Kind]:
         UserError: it cannot be read, or rasterio is not installed.
     """
     with ExitStack() as stack:
-        source = open_raster(path, header.odd, stack, AS_STORED, _driver(header))
+        source = open_raster(path, header.odd, stack, AS_STORED)
         try:
             return source.read(), kind_of(source, header)
         except OSError as error:
@@ -161,12 +133,8 @@ def open_bands(path: Path, header: Header, reading: Reading) -> Iterator[RasterB
         UserError: it cannot be opened, or rasterio is not installed.
     """
     with ExitStack() as stack:
-        source = open_raster(path, header.odd or "a band", stack, reading, _driver(header))
+        source = open_raster(path, header.odd or "a band", stack, reading)
         yield RasterBands(path, source, reading, header)
-
-
-def _driver(header: Header) -> str:
-    return "PNG" if header.kind == "PNG" else "GTiff"
 
 
 def _widest(dtypes: Iterable[str]) -> str:

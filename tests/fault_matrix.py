@@ -32,7 +32,7 @@ ROWS = {
     "D21": "a file replaced with the same size and time: noticed before its pixels count",
     "D22": "a cache or memo zeroed or with flipped bits: noticed, made again",
     "D23": "a drive without locks, two processes building one cache: never a wrong pair",
-    "D24": "class names with $, lone surrogates, 50,000 characters, CJK: shown as text; no run ends",
+    "D24": "class names with $, lone surrogates, 50,000 characters, CJK: shown as text",
     "D25": "names that are not UTF-8, or hold ESC and newlines; ASCII locale: printed escaped",
     # runs
     "R1": "kill -9 at any moment: resumed bit for bit",
@@ -89,6 +89,11 @@ ROWS = {
     "U3": "rasterio, onnxruntime or timm missing: the file to install from is named",
     "U4": "killed while a map is written: nothing looks complete",
     "U5": "tiled and whole, ONNX and torch: equal",
+    "U6": "a stranger's raster that is a VRT, WMS, or names other files: it alone is opened",
+    "U8": "a place in sidecars, in GCPs or RPCs, none at all, or not of the CRS: right or refused",
+    "U10": "south-up, rotated, across the antimeridian: aligned rightly, polygons cut at 180",
+    "U11": "a place that cannot be transformed: found before; a map outlives its polygons",
+    "U12": "pixels of 5 mm: enough digits, every polygon valid, rings right",
 }
 
 TESTS = Path(__file__).parent

@@ -1,5 +1,6 @@
 """Small GeoTIFFs."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ def write_tif(path: Path, pixels: np.ndarray, **profile: Any) -> Path:
     """Write (bands, H, W) as a GeoTIFF of half-metre pixels, unless the profile says otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colors = profile.pop("colorinterp", None)
-    settings = {"crs": UTM, "transform": from_origin(5e5, 5.2e6, 0.5, 0.5), **profile}
+    settings = {
+        "driver": "GTiff",
+        "crs": UTM,
+        "transform": from_origin(5e5, 5.2e6, 0.5, 0.5),
+        **profile,
+    }
     bands, height, width = pixels.shape
-    with rasterio.open(
-        path, "w", driver="GTiff", count=bands, height=height, width=width, dtype=pixels.dtype,
-        **settings,
-    ) as file:  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        file = rasterio.open(
+            path, "w", count=bands, height=height, width=width, dtype=pixels.dtype, **settings
+        )
+    with file:
         file.write(pixels)
         if colors:
             file.colorinterp = colors

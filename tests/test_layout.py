@@ -26,7 +26,16 @@ FILES = sorted(
 OUTSIDE = {
     "torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "tensorboard", "mlflow", "tqdm",
 }  # fmt: skip
-OPTIONAL = {"timm", "rasterio", "onnx", "onnx_ir", "onnxruntime", "onnxscript"}
+OPTIONAL = {
+    "pyogrio",
+    "shapely",
+    "timm",
+    "rasterio",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+}
 SCIENCE = ["networks", "pairs", "model", "metrics", "losses", "dataset"]
 ENGINEERING = {"argparse", "mlflow", "runtime.config", "runtime.tracking", "training"}
 

@@ -27,7 +27,8 @@ def polygons_of(
     path = folder / "polygons.geojson"
     number, _ = write_polygons(path, a, b, describe=lambda value: {"class": value}, **options)
     features = json.loads(path.read_text())["features"]
-    assert len(features) == number
+    parts = [f["properties"].get("part", "1 of 1") for f in features]
+    assert sum(part.startswith("1 of") for part in parts) == number
     return features
 
 
@@ -146,3 +147,149 @@ def test_pixels_that_touch_at_a_corner_are_two_polygons(tmp_path: Path) -> None:
 
 def test_no_change_is_an_empty_collection(tmp_path: Path) -> None:
     assert polygons_of(tmp_path, np.zeros((5, 5), dtype=np.uint8)) == []
+
+
+def check_by_shapely(features: list[dict[str, Any]]) -> float:
+    """Check geometries as RFC 7946 wants them; return their area in square metres."""
+    shapely = pytest.importorskip("shapely")
+    from rasterio.warp import transform
+
+    total = 0.0
+    for feature in features:
+        shape = shapely.geometry.shape(feature["geometry"])
+        assert shape.geom_type == "Polygon" and shape.is_valid, shapely.is_valid_reason(shape)
+        assert shape.exterior.is_ccw and not any(ring.is_ccw for ring in shape.interiors)
+        west, south, east, north = shape.bounds
+        assert -180 <= west < east <= 180 and -90 <= south < north <= 90
+        assert east - west < 180 or abs(south + north) > 179
+        middle = shape.representative_point()
+        to = f"+proj=laea +lat_0={middle.y} +lon_0={middle.x} +ellps=WGS84"
+        flat = shapely.transform(
+            shape, lambda p, to=to: np.stack(transform("EPSG:4326", to, *p.T), axis=1)
+        )
+        area = feature["properties"]["area_m2"]
+        assert flat.area == pytest.approx(area, rel=1e-3, abs=flat.length * flat.area**0.5 / 100)
+        total += area
+    return total
+
+
+def noise(share: float = 0.5, side: int = 40) -> np.ndarray:
+    return (np.random.default_rng(3).random((side, side)) < share).astype(np.uint8)
+
+
+@pytest.mark.fault("U12")
+@pytest.mark.parametrize("pixel", [1e-5, 0.005, 0.02, 0.5, 30.0, 1000.0])
+@pytest.mark.parametrize("share", [0.35, 0.65])
+def test_polygons_of_any_pixel_size_are_valid(tmp_path: Path, pixel: float, share: float) -> None:
+    classes = noise(share)
+    for place in (
+        {"transform": from_origin(500000.123, 5200000.456, pixel, pixel)},
+        {"crs": "EPSG:4326", "transform": from_origin(9.1, 46.2, pixel / 111000, pixel / 111000)},
+    ):
+        total = check_by_shapely(polygons_of(tmp_path, classes, min_area=0, **place))
+        scale = 0.9996**2 if "crs" not in place else 111000**2 / 111200 / 77000
+        assert total == pytest.approx(classes.sum() * pixel**2 / scale, rel=0.02)
+
+
+@pytest.mark.fault("U12")
+def test_rings_in_rings_and_corners_that_touch_are_valid(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:60, :60]
+    rings = (np.maximum(abs(columns - 30), abs(rows - 30)) // 3) % 2 == 0
+    touching = np.ones((60, 60), dtype=bool)
+    touching[10:20, 10:20] = touching[20:30, 20:30] = touching[:10, 20:30] = False
+    for mask in (rings, touching, (rows + columns) % 2 == 0, rows >= 0):
+        features = polygons_of(tmp_path, mask.astype(np.uint8))
+        assert check_by_shapely(features) == pytest.approx(mask.sum() / 4 / 0.9996**2, rel=1e-3)
+
+
+def test_long_edges_follow_the_ground(tmp_path: Path) -> None:
+    """An edge of 30 km bends by 18 m in longitude and latitude; what lies close stays outside."""
+    shapely = pytest.importorskip("shapely")
+    classes = np.zeros((30, 3000), dtype=np.uint8)
+    classes[10:12], classes[13, ::7] = 1, 1
+    transform = from_origin(3e5, 7.2e6, 10, 10)
+    features = polygons_of(tmp_path, classes, transform=transform)
+    check_by_shapely(features)
+    shapes = [shapely.geometry.shape(f["geometry"]) for f in features]
+    long = max(shapes, key=lambda shape: shape.area)
+    assert not any(long.intersects(other) for other in shapes if other is not long)
+
+
+ACROSS_180 = {
+    "UTM 60": ("EPSG:32760", from_origin(819437 - 20, 8118000, 1, 1)),
+    "degrees past 180": ("EPSG:4326", from_origin(180 - 2e-4, -17, 1e-5, 1e-5)),
+    "degrees past -180": ("EPSG:4326", from_origin(-180 - 2e-4, -17, 1e-5, 1e-5)),
+    "Pacific": ("EPSG:3832", from_origin(3339584.7 - 20, -1.9e6, 1, 1)),
+    "Web Mercator": ("EPSG:3857", from_origin(20037508.3 - 20, -1.9e6, 1, 1)),
+    "north pole": ("EPSG:3413", from_origin(-20.5, 20.5, 1, 1)),
+    "south pole": ("EPSG:3031", from_origin(-20.5, 20.5, 1, 1)),
+}
+
+
+@pytest.mark.fault("U10")
+@pytest.mark.parametrize("kind", ACROSS_180)
+def test_polygons_are_cut_at_180_degrees(tmp_path: Path, kind: str) -> None:
+    crs, transform = ACROSS_180[kind]
+    block = np.zeros((40, 40), dtype=np.uint8)
+    block[5:35, 5:35] = 1
+    block[15:25, 15:25] = 0
+    whole = np.ones((40, 40), dtype=np.uint8)
+    for classes in (block, whole, noise()):
+        features = polygons_of(tmp_path, classes, crs=crs, transform=transform)
+        total = check_by_shapely(features)
+        pixels = polygons_of(tmp_path, whole, crs=crs, transform=transform)
+        one = sum(f["properties"]["area_m2"] for f in pixels) / 1600
+        assert total == pytest.approx(classes.sum() * one, rel=5e-3)
+    sides = {math.copysign(1, x) for f in features for x, _ in f["geometry"]["coordinates"][0]}
+    assert sides == {-1, 1}
+    parts = [f["properties"]["part"] for f in features if "part" in f["properties"]]
+    assert "1 of 2" in parts and "2 of 2" in parts
+
+
+def classes_in_blocks() -> np.ndarray:
+    """Three classes whose borders are stairs, so that simplifying has something to do."""
+    rows, columns = np.mgrid[:60, :60]
+    classes = 1 + (columns + (rows // 2) % 3 > 30).astype(np.uint8)
+    classes[(rows - 30) ** 2 + (columns - 30) ** 2 < 150] = 3
+    classes[:3] = 0
+    return classes.astype(np.uint8)
+
+
+def test_simplified_neighbours_share_their_borders(tmp_path: Path) -> None:
+    shapely = pytest.importorskip("shapely")
+    classes = classes_in_blocks()
+    exact = polygons_of(tmp_path, classes)
+    simple = polygons_of(tmp_path, classes, simplify=1.0)
+    check_by_shapely(simple)
+
+    def corners(features: list[dict[str, Any]]) -> int:
+        return sum(len(ring) for f in features for ring in f["geometry"]["coordinates"])
+
+    assert corners(simple) < corners(exact) / 2
+    shapes = [shapely.geometry.shape(f["geometry"]) for f in simple]
+    assert shapely.coverage_is_valid(shapes)
+    whole = shapely.union_all([shapely.geometry.shape(f["geometry"]) for f in exact])
+    assert shapely.union_all(shapes).area == pytest.approx(whole.area, rel=2e-3)
+
+
+def test_a_geopackage_holds_the_same_in_the_scenes_own_crs(tmp_path: Path) -> None:
+    shapely, raw = pytest.importorskip("shapely"), pytest.importorskip("pyogrio.raw")
+    from mapping.polygons import find_polygons, write_geopackage
+
+    classes = classes_in_blocks()
+    a = write_tif(tmp_path / "classes.tif", classes[None], nodata=255)
+    b = write_tif(tmp_path / "chance.tif", np.full((1, 60, 60), 0.75, np.float32))
+    found, _, ground = find_polygons(a, b)
+    path = tmp_path / "x.gpkg"
+    write_geopackage(path, found, ground, lambda v: {"class": v, "name": f"k{v}"}, "change")
+    about, _, geometry, fields = raw.read(path)
+    assert about["crs"] == "EPSG:32632" and list(about["fields"]) == [
+        "class", "name", "area_m2", "mean_probability",
+    ]  # fmt: skip
+    shapes = shapely.from_wkb(geometry)
+    assert shapely.is_valid(shapes).all()
+    assert shapely.area(shapes).sum() == (classes > 0).sum() * 0.25
+    assert sorted(fields[0]) == [1, 2, 3] and set(fields[1]) == {"k1", "k2", "k3"}
+    assert (fields[3] == 0.75).all()
+    write_geopackage(tmp_path / "no.gpkg", [], ground, lambda v: {"class": v, "name": ""}, "change")
+    assert raw.read(tmp_path / "no.gpkg")[2].size == 0

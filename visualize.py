@@ -1,14 +1,15 @@
 """Pictures of predictions: before, after, truth, prediction, and where they differ.
 
-    hit white, false alarm red, miss blue, a wrong class of change yellow, agreement on no change
-    black; told apart by every kind of colour vision, and named in the legend.
+    TP (hit) white, FP (false alarm) red, FN (miss) blue, a wrong class of change yellow, no change
+    in both black; told apart by every kind of colour vision, and named in the legend.
 
 Figures are built without pyplot, so nothing here needs a display or leaves global state behind.
+Names of classes and files are text of strangers: `plain_text` makes them safe to draw.
 """
 
+import functools
 import io
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,6 +34,8 @@ from model import SiameseUNet
 from networks.fusion import CrossAttention
 from pairs.images import IGNORE
 from pairs.labels import MaskCoding
+from runtime.errors import visible
+from runtime.files import whole_file
 
 log = logging.getLogger("visualize")
 
@@ -38,9 +45,14 @@ PALETTE = np.array(
      [213, 94, 0], [204, 121, 167], [0, 114, 178]], dtype=np.uint8
 )  # fmt: skip
 IGNORED = np.array([96, 96, 96], dtype=np.uint8)
-HIT, FALSE_ALARM, MISS = (255, 255, 255), (230, 40, 40), (60, 130, 255)
+TP, FP, FN = (255, 255, 255), (230, 40, 40), (60, 130, 255)
 WRONG_CLASS = (240, 228, 66)
-LEGEND = {"hit": HIT, "false alarm": FALSE_ALARM, "miss": MISS, "no change, rightly": (0, 0, 0)}
+LEGEND = {"hit": TP, "false alarm": FP, "miss": FN, "no change, rightly": (0, 0, 0)}
+LONGEST_TEXT = 60  # characters of a foreign text in a figure
+# DejaVu comes with matplotlib; of the others, which have Chinese, Japanese and Korean, what is here
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC",
+         "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic",
+         "Arial Unicode MS")  # fmt: skip
 COLUMNS = {
     "change": ("before", "after", "truth", "prediction", "errors"),
     "semantic": ("before", "after", "truth, before", "truth, after", "prediction, before",
@@ -55,6 +67,38 @@ class Picture(Figure):
         content = io.BytesIO()
         self.savefig(content, format="png")
         return content.getvalue()
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw with the fonts that `plain_text` counts on."""
+        for text in self.findobj(Text):
+            text.set_fontfamily(list(_fonts()))
+        super().draw(renderer)
+
+
+@functools.cache
+def _fonts() -> dict[str, FT2Font]:
+    installed = {font.name for font in fontManager.ttflist}
+    return {name: get_font(findfont(name)) for name in FONTS if name in installed}
+
+
+def plain_text(text: str, length: int = LONGEST_TEXT) -> str:
+    """Return a foreign text in a form that a figure shows as it is written.
+
+    A long text loses its middle, a character that no font has is escaped, a dollar begins no
+    formula, and a leading underscore does not keep a name out of a legend.
+    """
+    if len(text) > length:
+        text = f"{text[: length // 2]}...{text[3 + length // 2 - length :]}"
+    shown = "".join(
+        c if any(font.get_char_index(ord(c)) for font in _fonts().values()) else ascii(c)[1:-1]
+        for c in visible(text.replace("\n", " "))
+    )
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+def plain_title(title: str) -> str:
+    """Return a title of several lines, each as `plain_text`; lines may be longer."""
+    return "\n".join(plain_text(line, 2 * LONGEST_TEXT) for line in title.splitlines())
 
 
 def plot_predictions(
@@ -140,7 +184,8 @@ def prediction_grid(
     columns = COLUMNS["semantic" if samples[0][2].ndim == 3 else "change"]
     colors = palette(encoding)
     rows, side = len(samples), 2.1
-    height = rows * (side + 0.18) + 1.0 + 0.17 * (title or "").count("\n")
+    title = plain_title(title or "")
+    height = rows * (side + 0.18) + 1.0 + 0.17 * title.count("\n")
     figure = Picture(figsize=(len(columns) * side + 0.4, height), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
@@ -159,35 +204,40 @@ def prediction_grid(
             axis.set_yticks([])
         axes[row, -1].set_title(_row_score(truth, predicted), fontsize=9, pad=3)
     for axis, name in zip(axes[:, 0], names or (), strict=bool(names)):
-        axis.set_ylabel(name, fontsize=7)
+        axis.set_ylabel(plain_title(name), fontsize=7)
     for axis, name in zip(axes[0, :-1], columns[:-1], strict=True):
         axis.set_title(name, fontsize=10, pad=3)
-    is_multi_class = len(encoding.values) > 2
-    errors = {**LEGEND, "wrong class": WRONG_CLASS} if is_multi_class else LEGEND
-    legends = [errors]
-    if is_multi_class:
-        legends.append(dict(zip(encoding.names, map(tuple, colors.tolist()), strict=True)))
-    for line, legend in enumerate(legends):
-        handles = [
-            Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
-            for name, (r, g, b) in legend.items()
-        ]
-        anchor = (0.5, 0.25 * line / height)
-        options: dict[str, Any] = {"ncols": len(handles), "fontsize": 9, "frameon": False}
-        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=anchor, **options)
-    bottom = (0.2 + 0.25 * len(legends)) / height
-    top = 0.55 + 0.17 * (title or "").count("\n")
+    num_legends = _draw_legends(figure, encoding, height)
     if title:
         figure.suptitle(title, fontsize=11, y=1 - 0.1 / height, va="top")
     figure.subplots_adjust(
         left=0.04 if names else 0.01,
         right=0.99,
-        top=1 - top / height,
-        bottom=bottom,
+        top=1 - (0.55 + 0.17 * title.count("\n")) / height,
+        bottom=(0.2 + 0.25 * num_legends) / height,
         wspace=0.03,
         hspace=0.12,
     )
     return figure
+
+
+def _draw_legends(figure: Figure, encoding: MaskCoding, height: float) -> int:
+    """Name the colours of errors and, if there are several, of classes; return how many lines."""
+    is_multi_class = len(encoding.values) > 2
+    legends = [list(LEGEND.items())]
+    if is_multi_class:
+        legends[0].append(("wrong class", WRONG_CLASS))
+        names = [plain_text(name, 24) for name in encoding.names]
+        legends.append(list(zip(names, map(tuple, palette(encoding).tolist()), strict=True)))
+    for line, legend in enumerate(legends):
+        handles = [
+            Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
+            for name, (r, g, b) in legend
+        ]
+        anchor = (0.5, 0.25 * line / height)
+        options: dict[str, Any] = {"ncols": len(handles), "fontsize": 9, "frameon": False}
+        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=anchor, **options)
+    return len(legends)
 
 
 def palette(encoding: MaskCoding) -> NDArray[np.uint8]:
@@ -208,17 +258,17 @@ def color_classes(
 
 
 def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Paint hits, false alarms, misses and wrong classes of (L, H, W) as (H, W, 3).
+    """Paint TP, FP, FN and wrong classes of (L, H, W) as (H, W, 3).
 
     A class is right if it is so in all of the L label maps, of which semantic change has two.
     """
-    is_change, is_claimed = truth[0] > 0, predicted[0] > 0
+    is_change, is_predicted = truth[0] > 0, predicted[0] > 0
     is_right = (truth == predicted).all(axis=0)
     painted = np.zeros((*truth.shape[1:], 3), dtype=np.uint8)
-    painted[is_change & is_right] = HIT
-    painted[is_change & is_claimed & ~is_right] = WRONG_CLASS
-    painted[is_change & ~is_claimed] = MISS
-    painted[~is_change & is_claimed] = FALSE_ALARM
+    painted[is_change & is_right] = TP
+    painted[is_change & is_predicted & ~is_right] = WRONG_CLASS
+    painted[is_change & ~is_predicted] = FN
+    painted[~is_change & is_predicted] = FP
     painted[truth[0] == IGNORE] = IGNORED
     return painted
 
@@ -226,12 +276,8 @@ def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> 
 def save_figure(figure: Figure, path: Path) -> None:
     """Save as PNG so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as beside:
         figure.savefig(beside, format="png")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -255,7 +301,7 @@ def _row_score(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> st
     is_change = np.where(truth[:1] == IGNORE, IGNORE, truth[:1] > 0)
     confusion.add(torch.from_numpy(predicted[:1] > 0), torch.from_numpy(is_change))
     if not (is_change == 1).any():
-        return f"no change, {int(confusion.matrix[0, 1:].sum())} px claimed"
+        return f"no change, {int(confusion.matrix[0, 1:].sum())} px predicted"
     return f"errors: IoU {confusion.scores()['change_iou']:.2f}"
 
 
@@ -305,6 +351,7 @@ def _draw_matrix(
 ) -> None:
     top = 1.0 if shares.max() > 0.5 else float(shares.max()) or 1.0
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=top)
+    names = [plain_text(name, 24) for name in names]
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) > 15:  # no room for numbers

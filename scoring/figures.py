@@ -18,7 +18,7 @@ from pairs.sources import Source
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import CALIBRATION_BINS, STEPS
 from scoring.evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
-from visualize import Picture, plot_confusion, plot_transitions, prediction_grid
+from visualize import Picture, plain_title, plot_confusion, plot_transitions, prediction_grid
 
 # Okabe and Ito's, which every kind of colour vision tells apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -61,7 +61,7 @@ def draw_all(
         for kind, figure in of_point.items():
             width, height = figure.get_size_inches()
             figure.set_size_inches(max(width, 5.2), height + 0.4)  # room for the title
-            figure.suptitle(f"{title}\n{protocol}, {how}", fontsize=8)
+            figure.suptitle(plain_title(f"{title}\n{protocol}, {how}"), fontsize=8)
             figures[f"{kind}_{point}"] = figure
     if robustness:
         num = robustness[0]["pairs"]
@@ -183,7 +183,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Picture(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain_title(title), fontsize=10)
     return figure
 
 

@@ -12,15 +12,16 @@ from dataset import ChangeDataset, open_dataset
 from pairs.labels import MaskCoding
 from visualize import (
     COLUMNS,
-    FALSE_ALARM,
-    HIT,
+    FN,
+    FP,
     IGNORED,
-    MISS,
+    TP,
     WRONG_CLASS,
     color_classes,
     color_errors,
     palette,
     pick_samples,
+    plot_confusion,
     plot_predictions,
     prediction_grid,
     save_figure,
@@ -28,7 +29,7 @@ from visualize import (
 
 
 class Brightness(nn.Module):
-    """Claims change where the later date is bright."""
+    """Predicts change where the later date is bright."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,11 +95,11 @@ def test_four_in_five_show_change(val: ChangeDataset) -> None:
 def test_errors_are_coloured_by_hand() -> None:
     truth = np.array([[[1, 0, 1, 0, 255, 2]]])
     predicted = np.array([[[1, 1, 0, 0, 1, 1]]])
-    expected = [HIT, FALSE_ALARM, MISS, (0, 0, 0), tuple(IGNORED), WRONG_CLASS]
+    expected = [TP, FP, FN, (0, 0, 0), tuple(IGNORED), WRONG_CLASS]
     assert [tuple(c) for c in color_errors(truth, predicted)[0]] == expected
     truth = np.array([[[1, 1, 1, 0]], [[2, 2, 2, 0]]])
     predicted = np.array([[[1, 1, 0, 1]], [[2, 3, 0, 1]]])
-    expected = [HIT, WRONG_CLASS, MISS, FALSE_ALARM]
+    expected = [TP, WRONG_CLASS, FN, FP]
     assert [tuple(c) for c in color_errors(truth, predicted)[0]] == expected
 
 
@@ -136,7 +137,7 @@ def test_sizes_may_differ_from_row_to_row() -> None:
         for n in (8, 20)
     ]
     figure = prediction_grid(samples, [s[2] for s in samples], MaskCoding((0, 255)), title="t")
-    assert "no change, 0 px claimed" in figure.axes[4].get_title()
+    assert "no change, 0 px predicted" in figure.axes[4].get_title()
 
 
 def test_a_picture_is_replaced_whole(tmp_path: Path) -> None:
@@ -147,3 +148,21 @@ def test_a_picture_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         save_figure(broken, path)
     assert path.read_bytes() == b"old"
+
+
+ODD_NAMES = ("$x^2$", "\ud800", "x" * 50_000, "\u5efa\u7269", "_roof", "a\\$b", "$\\frac{$")
+
+
+@pytest.mark.fault("D24", "D25")
+def test_foreign_text_is_drawn_as_text(tmp_path: Path) -> None:
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    mask = torch.arange(64, dtype=torch.uint8).view(8, 8) % len(ODD_NAMES)
+    encoding = MaskCoding(tuple(range(len(ODD_NAMES))), ODD_NAMES)
+    names = ["\x1b[31m\udcff$\nsecond $ line"]
+    grid = prediction_grid([(image, image, mask)], [mask], encoding, title="$a$", names=names)
+    for number, figure in enumerate((grid, plot_confusion(torch.eye(7).long(), ODD_NAMES))):
+        save_figure(figure, tmp_path / f"{number}.png")  # a missing glyph would warn
+    shown = [text.get_text() for legend in grid.legends for text in legend.get_texts()][-7:]
+    assert shown[0] == r"\$x^2\$" and shown[1] == r"\ud800" and shown[4] == " _roof"
+    assert len(shown[2]) == 24 and "\x1b" not in grid.axes[0].get_ylabel()
+    assert grid.get_suptitle() == r"\$a\$"

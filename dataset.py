@@ -296,9 +296,7 @@ def open_dataset(
     Raises:
         UserError: as `find_pairs`, `choose_classes` and `choose_mask_coding`.
     """
-    layout = find_pairs(root, task)
-    if split not in layout.splits:
-        raise UserError(f"{layout.root}: has no {split} split, only {', '.join(layout.splits)}")
+    layout = find_pairs(root, task, wanted=(split,))
     pairs = layout.splits[split]
     classes = choose_classes(
         layout.root,

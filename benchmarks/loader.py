@@ -23,7 +23,8 @@ from pairs.augment import Augment
 from pairs.cache import open_source
 from pairs.images import read_label
 from pairs.labels import Classes, choose_mask_coding, label_values
-from pairs.layouts import Pair, find_pairs
+from pairs.layouts import find_pairs
+from pairs.splits import Pair
 from pairs.synthetic.sample_set import make_sample_set
 
 NUM_PAIRS = 48  # generated; more than a process keeps decoded, which is 36

@@ -35,7 +35,6 @@ from tqdm import tqdm
 from pairs.check import DataSummary, Keep, check
 from pairs.images import Bytes, read_size
 from pairs.labels import Classes, MaskCoding
-from pairs.layouts import Layout, Pair
 from pairs.memo import Stamp
 from pairs.sources import (
     CachedSource,
@@ -45,6 +44,7 @@ from pairs.sources import (
     offsets_of,
     stack_files,
 )
+from pairs.splits import Layout, Pair
 from runtime.devices import available_memory
 from runtime.errors import UserError
 from runtime.files import ABANDONED, locked, whole_file

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from pairs.images import Bytes, is_lossy, read_image, read_label
 from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
-from pairs.layouts import Layout, Pair, listing
 from pairs.memo import Memo, Stamp, stamp_of
+from pairs.splits import Layout, Pair, listing
 from runtime.errors import UserError, visible
 
 # Takes a decoded pair: images (H, W, 3), and labels (H, W) as their files write them
@@ -162,7 +162,7 @@ def check(
         splits,
         warnings=tuple(_warnings(layout, splits, records, encoding)),
         fingerprint=_fingerprint(layout, records),
-        skipped=tuple(lines),
+        skipped=(*layout.skipped, *lines),
         stamps=reader.stamps,
         sizes={pair: records[pair.label].size for s in layout.splits.values() for pair in s},
     )
@@ -353,14 +353,15 @@ def _strange_labels(
 
 
 def _without(layout: Layout, broken: Collection[Pair]) -> Layout:
-    splits = {
-        name: tuple(pair for pair in split if pair not in broken)
-        for name, split in layout.splits.items()
-    }
+    def whole(splits: Mapping[str, Sequence[Pair]]) -> dict[str, tuple[Pair, ...]]:
+        return {name: tuple(p for p in split if p not in broken) for name, split in splits.items()}
+
+    splits = whole(layout.splits)
     for name, split in splits.items():
         if not split:
             raise UserError(f"{layout.root}: every pair of the {name} split has a fault")
-    return replace(layout, splits=splits)
+    trained_as = layout.trained_as and whole(layout.trained_as)
+    return replace(layout, splits=splits, trained_as=trained_as)
 
 
 def _warnings(
@@ -388,7 +389,7 @@ def _warnings(
 def _fingerprint(layout: Layout, records: Mapping[Path, FileRecord]) -> str:
     content = [
         (name, pair.name, *(records[path].digest for path in pair.files))
-        for name, split in layout.splits.items()
+        for name, split in (layout.trained_as or layout.splits).items()
         for pair in split
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

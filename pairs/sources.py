@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pairs.images import IGNORE, Bytes, read_image, read_label, read_size
 from pairs.labels import MaskCoding
-from pairs.layouts import Pair
 from pairs.memo import Stamp, stamp_of
+from pairs.splits import Pair
 from runtime.errors import DataFault, UserError, visible
 
 SAMPLES = 16  # pairs that are summed up when a cache is opened, for files of zeros

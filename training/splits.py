@@ -13,7 +13,7 @@ from pairs.augment import Augment
 from pairs.cache import open_splits
 from pairs.check import DataSummary, show
 from pairs.labels import Classes
-from pairs.layouts import Layout
+from pairs.splits import Layout
 from pairs.synthetic.sample_set import is_sample
 from runtime.devices import pick_workers
 from runtime.distributed import local_world_size, world_size

@@ -23,8 +23,9 @@ from pairs import cache as caching
 from pairs.augment import Augment
 from pairs.cache import MAX_GB, open_source, open_splits
 from pairs.labels import Classes, MaskCoding
-from pairs.layouts import Pair, find_pairs
+from pairs.layouts import find_pairs
 from pairs.sources import CachedSource, FileSource, Source
+from pairs.splits import Pair
 from runtime.errors import UserError
 
 

@@ -8,7 +8,8 @@ import pytest
 from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
-from pairs.layouts import DATES, find_pairs, scene_of
+from pairs.layouts import DATES, find_pairs
+from pairs.splits import scene_of
 from runtime.errors import UserError
 
 

@@ -45,6 +45,9 @@ class Config:
     mask_values: tuple[int, ...] | None = option(
         None, "label value of class 0, 1, ...; else as in training"
     )
+    folders: tuple[str, ...] | None = shared("folders")
+    pairs: str | None = shared("pairs")
+    skip_broken: bool = shared("skip_broken")
 
     protocols: str = option(
         "patches,whole,sliding",
@@ -66,6 +69,7 @@ class Config:
         None, "patches at once in each process; else as in training", short="-b", above=0
     )
     cache: str = shared("cache")
+    cache_gb: float = shared("cache_gb")
     workers: int | None = shared("workers")
 
     output_dir: str | None = option(
@@ -188,7 +192,7 @@ def report_of(
         "split": config.split,
         "place": config.split if knows_data else f"{data.folder}-{config.split}",
         "pairs": len(data.split),
-        "val_pairs": len(data.val),
+        "val_pairs": len(data.val) if data.val else 0,
         "classes": list(data.names),
         "rule": rule,
         "note": note,
@@ -240,7 +244,7 @@ def kind_of(model_kwargs: Mapping[str, Any]) -> tuple[str, int]:
 
 def leave_out_equal_ones(protocols: list[str], data: "Data", window: int) -> tuple[list[str], str]:
     """Return the protocols that differ, and a note on those that would only say the same again."""
-    sizes = {*data.split.sizes, *data.val.sizes}
+    sizes = {*data.split.sizes, *(data.val.sizes if data.val else [])}
     if sizes != {(PATCH_SIZE, PATCH_SIZE)} or window < PATCH_SIZE or len(protocols) == 1:
         return protocols, ""
     first, *others = protocols
@@ -259,34 +263,47 @@ class Data:
     names: tuple[str, ...]
     chosen: str | None  # --data-dir of the training that it was opened for
     split: Source
-    val: Source
+    val: Source | None
+    is_all: bool  # whether the split is all pairs of a set that has no splits
 
 
 def open_data(config: Config, state: Mapping[str, Any]) -> Data:
-    """Check the dataset, and open the split and val.
+    """Check the dataset, and open the split, and val if there is one.
 
     Raises:
         UserError: a fault in the data, or a split that it does not have.
     """
     task, num_classes = kind_of(state["model_kwargs"])
-    root = config.data_dir or state["config"].get("data_dir")
-    layout = find_pairs(root or choose_data(ROOT / "data", task, num_classes), task)
-    if config.split not in layout.splits:
-        have = ", ".join(layout.splits)
-        raise UserError(f"{layout.root}: has no {config.split} split, only {have}; --split")
+    saved = state["config"]
+    root, table = config.data_dir, config.pairs
+    if not root and not table:  # the data of the training
+        root, table = saved.get("data_dir"), saved.get("pairs")
+    if not root and not table:
+        root = str(choose_data(ROOT / "data", task, num_classes))
+    skip_broken = config.skip_broken or bool(saved.get("skip_broken"))
+    layout = find_pairs(
+        root,
+        task,
+        folders=config.folders or saved.get("folders") or (),
+        table=table,
+        wanted=(config.split,),
+        skip_broken=skip_broken,
+    )
     classes = choose_classes(
         layout.root,
         task=task,
         num_classes=num_classes,
-        mask_values=config.mask_values or tuple(state["config"].get("mask_values") or ()) or None,
+        mask_values=config.mask_values or tuple(saved.get("mask_values") or ()) or None,
     )
     checked, sources = open_splits(
         layout,
         classes,
-        sorted({config.split, "val"}),
+        sorted({config.split, "val"} & set(layout.splits)),
         cache=config.cache,
         folder=ROOT / "data" / "cache",
+        max_gb=config.cache_gb,
         crop_size=PATCH_SIZE,
+        skip_broken=skip_broken,
     )
     show(checked)
     return Data(
@@ -294,9 +311,10 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         layout.root.name,
         checked.fingerprint,
         checked.encoding.names,
-        chosen=state["config"].get("data_dir"),
+        chosen=saved.get("data_dir"),
         split=sources[config.split],
-        val=sources["val"],
+        val=sources.get("val"),
+        is_all=layout.trained_as is not None,
     )
 
 
@@ -359,7 +377,7 @@ def describe_checkpoint(
         "sha256": digest_of(path),
         "epoch": int((state.get("progress") or state.get("best") or {}).get("epoch", 0)),
         "trained_on_this_data": knows_data,
-        "caution": caution_of(config.split, knows_data),
+        "caution": caution_of("train" if data.is_all else config.split, knows_data),
         "protocols": protocols_report(measured.results, config.seed),
     }
     if measured.robustness:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pairs.layouts import find_pairs
+from pairs.layouts import find_pairs, read_folders
 from runtime.config import option, shared
 from runtime.errors import UserError
 from runtime.start import start
@@ -48,6 +48,9 @@ class Config:
         at_most=250,
     )
     mask_values: tuple[int, ...] | None = option(None, "label value of class 0, 1, ...: 0,128,255")
+    folders: tuple[str, ...] | None = shared("folders")
+    pairs: str | None = shared("pairs")
+    skip_broken: bool = shared("skip_broken")
     crop_size: int = option(
         256, "side of a training crop in pixels", above=0, at_most=8192, multiple_of=32
     )
@@ -85,6 +88,7 @@ class Config:
     amp: str = shared("amp")
     compile: bool = option(False, "compile the model; pays on a GPU")
     cache: str = shared("cache")
+    cache_gb: float = shared("cache_gb")
     workers: int | None = shared("workers")
 
     name: str | None = option(None, "name of the run's folder; else date, backbone", group="run")
@@ -115,6 +119,10 @@ def check(config: Config) -> None:
             f"--weights {config.weights}: no such file; give imagenet, none, or the file of a "
             "state dict of this backbone"
         )
+    if config.folders:
+        read_folders(config.folders, config.task)
+    if config.pairs and not Path(config.pairs).is_file():
+        raise UserError(f"--pairs {config.pairs}: no such file")
     if config.data_dir and not config.download and not Path(config.data_dir).is_dir():
         find_pairs(config.data_dir, config.task)  # says what it expects there
 
@@ -194,6 +202,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         data = open_splits(run, given, device)
         learner = build(run.config, run.state, device, amp, data)
         run.start(learner, data)
+        data.write_skipped(run.folder)
         print(describe_run(run, learner, data, amp), flush=True)
         tracker = stack.enter_context(run.open_tracker(data, ROOT))
         results = Results(run, tracker, data, ROOT / "images")
@@ -277,8 +286,16 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
         if config.download:
             folder = fetch_dataset(Path(config.data_dir or ROOT / "data" / "LEVIR-CD"))
             config = replace(config, data_dir=str(folder), download=False)
-        root = config.data_dir or choose_data(ROOT / "data", config.task, config.num_classes)
-        layout = find_pairs(root, config.task)
+        root = config.data_dir
+        if not root and not config.pairs:
+            root = str(choose_data(ROOT / "data", config.task, config.num_classes))
+        layout = find_pairs(
+            root,
+            config.task,
+            folders=config.folders or (),
+            table=config.pairs,
+            skip_broken=config.skip_broken,
+        )
     can_choose = run.state is None and config.weights == "imagenet" and "weights" not in given
     if is_sample(layout.root) and can_choose:
         recipe = from_rank_0(lambda: sample_recipe(config.backbone, given))
@@ -296,6 +313,8 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
             classes,
             cache=config.cache,
             cache_dir=ROOT / "data" / "cache",
+            cache_gb=config.cache_gb,
+            skip_broken=config.skip_broken,
             crop_size=config.crop_size,
             batch_size=config.batch_size,
             accumulate=config.accumulate,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pairs.images import IGNORE, Bytes, Color, is_lossy, read_label
+from pairs.memo import stamp_of
 from runtime.errors import UserError
 
 FILE = "classes.json"
@@ -98,7 +99,8 @@ def choose_classes(
         UserError: the file is broken, or does not go with what was asked for.
     """
     path = root / FILE
-    if path.is_file():
+    if path.exists() or path.is_symlink():
+        stamp_of(path)  # a pipe of that name would be waited for
         found = read_classes(path, task)
         if num_classes not in (None, found.num_classes):
             raise UserError(

@@ -331,10 +331,14 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
         ending = path.suffix.lower()
         if entry.name.startswith(".") or ending in BESIDE:
             continue
-        if ending not in ENDINGS or entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link that leads to itself
+            is_folder = is_file = False
+        if ending not in ENDINGS or is_folder:
             passed.append(path)
             continue
-        if not entry.is_file():
+        if not is_file:
             stamp_of(path)  # says what it is instead
         stem = _composed(path.stem)
         if stem in files:

@@ -54,7 +54,7 @@ def stamp_of(path: Path) -> Stamp:
             raise UserError(f"{path}: is gone ({error.strerror})") from None
         if not stat.S_ISREG(found.st_mode):
             kind = IRREGULAR.get(stat.S_IFMT(found.st_mode), "no regular file")
-            raise UserError(f"{path}: is {kind}, not an image file; remove it")
+            raise UserError(f"{path}: is {kind}, not a file; remove it")
         age = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns)
         if not 0 <= age < TICK:
             return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -35,6 +35,26 @@ FREE = ("machine", "run")  # groups that say how a run goes, not what it learns:
 
 # Options that several scripts have; `shared` declares them
 SHARED: dict[str, dict[str, Any]] = {
+    "folders": {
+        "default": None,
+        "help": "names of the folders where they are others: A=2018,B=2020,label=masks",
+        "may_change": True,
+    },
+    "pairs": {
+        "default": None,
+        "help": "CSV file that names the files of each pair: split,before,after,label",
+        "may_change": True,
+    },
+    "skip_broken": {
+        "default": False,
+        "help": "leave out pairs that lack a file, cannot be read or have strange labels",
+        "may_change": True,
+    },
+    "cache_gb": {
+        "default": 100.0,
+        "help": "GB that all caches of decoded pairs may take on the disk",
+        "above": 0,
+    },
     "device": {
         "default": "auto",
         "help": "device: auto, cpu, cuda, cuda:1 or mps",

@@ -56,7 +56,7 @@ def evaluate_protocol(
     predictor: Predictor,
     protocol: str,
     source: Source,
-    val: Source,
+    val: Source | None,
     *,
     names: Sequence[str] | None = None,
     min_pixels: int = 1,
@@ -67,7 +67,7 @@ def evaluate_protocol(
         predictor: the model.
         protocol: one of `protocols.PROTOCOLS`.
         source: the split.
-        val: the validation split; the same object where that is the split.
+        val: the validation split; the same object where that is the split; None chooses nothing.
         names: of the classes.
         min_pixels: of an object that counts.
     """
@@ -80,14 +80,15 @@ def evaluate_protocol(
         silent = True if rank() else None  # None: where nobody watches
         return tqdm(predictions, bar, own, disable=silent, leave=False, unit="pair")
 
-    on_val = predict(val, "val")
+    points: dict[str, float | None] = {DEFAULT: None}
+    on_val = predict(val, "val") if val is not None else []
     if source is val:
         on_val = list(on_val)  # five bytes a pixel, instead of predicting twice
-    of_val = _histogram()
-    for _, predicted in on_val:
-        add_to_histogram(of_val, *predicted)
-    of_val = _sum(of_val)
-    points = {DEFAULT: None, BY_VAL: of_val.best_threshold()}
+    if val is not None:
+        of_val = _histogram()
+        for _, predicted in on_val:
+            add_to_histogram(of_val, *predicted)
+        points[BY_VAL] = _sum(of_val).best_threshold()
     histogram = _histogram()
     images: dict[int, ImageCounts] = {}
     kept: list[tuple[int, int, Prediction]] = []  # number, wrong pixels

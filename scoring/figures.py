@@ -89,6 +89,7 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip
     thresholds = np.arange(STEPS) / STEPS
+    has_val = False
     for k, (protocol, result) in enumerate(results.items()):
         look = {"color": COLORS[k], "linestyle": STYLES[k], "linewidth": 1.8}
         histogram = result.counts.histogram
@@ -100,13 +101,15 @@ def plot_precision_recall(results: Mapping[str, ProtocolResult], title: str) -> 
                    label=f"{protocol}, average precision {area:.3f}")  # fmt: skip
         iou = histogram.change_iou().numpy()
         sweep.plot(thresholds, iou, **look)
-        chosen = result.points[BY_VAL]
-        assert chosen is not None
+        chosen = result.points.get(BY_VAL)
+        has_val = has_val or chosen is not None
         for threshold, marker in ((0.5, "o"), (chosen, "D")):
+            if threshold is None:
+                continue
             i = round(threshold * STEPS)
             for axis, x, y in ((curve, recall[i], precision[i]), (sweep, threshold, iou[i])):
                 axis.plot(x, y, marker, color=COLORS[k], markersize=6, markeredgecolor="white")
-    for marker, name in (("o", "threshold 0.5"), ("D", "threshold chosen on val")):
+    for marker, name in (("o", "threshold 0.5"), ("D", "threshold chosen on val"))[: 1 + has_val]:
         curve.plot([], [], marker, color="0.4", markeredgecolor="white", label=name)
     curve.set(xlabel="recall of the change class", ylabel="precision of the change class",
               xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal")  # fmt: skip

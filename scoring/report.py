@@ -18,7 +18,7 @@ from typing import Any
 from metrics import SCORE_NAMES
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import OBJECT_NAMES, PER_IMAGE_NAMES
-from scoring.evaluation import ProtocolResult
+from scoring.evaluation import BY_VAL, ProtocolResult
 
 CURVE_NAMES = {
     "average_precision": "average precision (area under P-R)",
@@ -68,12 +68,13 @@ def text(report: Report) -> str:
     cautions = dict.fromkeys(run["caution"] for run in runs if run["caution"])
     about += [f"OPTIMISTIC: {caution}" for caution in cautions]
     notes = {name: of["description"] for name, of in runs[0]["protocols"].items()}
-    notes["*"] = (
-        f"threshold of the highest change IoU on the {report['val_pairs']} pairs of val, "
-        "by protocol"
-    )
-    if report["val_pairs"] < FEW_PAIRS:
-        notes["*"] += "; so few pairs choose badly"
+    if report["val_pairs"]:
+        notes["*"] = (
+            f"threshold of the highest change IoU on the {report['val_pairs']} pairs of val, "
+            "by protocol"
+        )
+        if report["val_pairs"] < FEW_PAIRS:
+            notes["*"] += "; so few pairs choose badly"
     if len(runs) == 1:
         notes["interval"] = f"95 %, bootstrap over the {pairs} images"
     notes["empty"] = "an image where nothing changed; = 1 if nothing is predicted there, else 0"
@@ -102,10 +103,15 @@ def table(report: Report) -> str:
     def points(protocol: str, point: str) -> list[Report]:
         return [run[protocol]["points"][point] for run in runs]
 
+    # the last column of a protocol bears its name, the first what is the same at every threshold
+    following = [*(protocol for protocol, _ in columns[1:]), None]
+    is_last = [protocol != after for (protocol, _), after in zip(columns, following, strict=True)]
+    is_first = [True, *is_last[:-1]]
+    has_val = any(point == BY_VAL for _, point in columns)
     lines = [
-        line("", [p if i % 2 else "" for i, (p, _) in enumerate(columns)]),
+        line("", [p if last else "" for (p, _), last in zip(columns, is_last, strict=True)]),
         line(
-            "threshold (* = the best one on val)",
+            f"threshold ({'* = the best one on val' if has_val else 'no val to choose one on'})",
             [
                 _cell([p["threshold"] for p in points(*column)], digits=5) + "*"
                 if points(*column)[0]["threshold"] is not None
@@ -122,7 +128,8 @@ def table(report: Report) -> str:
             lines.append(line("    95 % interval", [f"{low:.2f}-{high:.2f}" for low, high in ends]))
     for key, label in CURVE_NAMES.items():  # of a protocol, whatever the threshold
         cells = [
-            "" if i % 2 else _cell([r[p][key] for r in runs]) for i, (p, _) in enumerate(columns)
+            _cell([r[p][key] for r in runs]) if first else ""
+            for (p, _), first in zip(columns, is_first, strict=True)
         ]
         lines.append(line(label, cells))
     return "\n".join(lines)

@@ -16,8 +16,9 @@ from pairs.labels import Classes
 from pairs.splits import Layout
 from pairs.synthetic.sample_set import is_sample
 from runtime.devices import pick_workers
-from runtime.distributed import local_world_size, world_size
-from runtime.errors import UserError
+from runtime.distributed import local_world_size, rank, world_size
+from runtime.errors import UserError, visible
+from runtime.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Data:
     def name(self) -> str:
         """What the trackers call it."""
         return "synthetic sample" if self.is_sample else self.root.name
+
+    def write_skipped(self, folder: Path) -> None:
+        """List in a run's folder the pairs that were left out, and why."""
+        if self.checked.skipped and rank() == 0:
+            lines = "".join(f"{visible(line)}\n" for line in self.checked.skipped)
+            with whole_file(folder / "skipped.txt") as beside:
+                beside.write_text(lines, encoding="utf-8")
 
     def about(self) -> dict[str, Any]:
         """Return what a checkpoint says of it."""
@@ -67,6 +75,8 @@ def open_data(
     *,
     cache: str,
     cache_dir: Path,
+    cache_gb: float,
+    skip_broken: bool,
     crop_size: int,
     batch_size: int,
     accumulate: int,
@@ -81,6 +91,8 @@ def open_data(
         classes: what is known of the labels' classes.
         cache: see `cache.open_source`.
         cache_dir: where the caches are.
+        cache_gb: what all of them may take.
+        skip_broken: leave out pairs with a fault.
         crop_size: side of a training crop; validation is in patches of `PATCH_SIZE`.
         batch_size: pairs in a batch, of all processes together.
         accumulate: batches per update.
@@ -92,7 +104,14 @@ def open_data(
         UserError: a fault in the data, all of them named.
     """
     checked, sources = open_splits(
-        layout, classes, ("train", "val"), cache=cache, folder=cache_dir, crop_size=PATCH_SIZE
+        layout,
+        classes,
+        ("train", "val"),
+        cache=cache,
+        folder=cache_dir,
+        max_gb=cache_gb,
+        crop_size=PATCH_SIZE,
+        skip_broken=skip_broken,
     )
     show(checked)
 

@@ -265,7 +265,7 @@ def test_a_pipe_with_the_name_of_a_cache_or_a_file(data: Path) -> None:
     name = source.pairs[2].before
     name.unlink()
     os.mkfifo(name)
-    with pytest.raises(UserError, match="is a named pipe, not an image"):
+    with pytest.raises(UserError, match="is a named pipe, not a file"):
         source.channels(2)
 
 

@@ -1,6 +1,9 @@
 """Every layout that a user may have on disk, and what is said of a broken one."""
 
+import contextlib
+import os
 import shutil
+import socket
 import unicodedata
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
+from pairs.labels import choose_classes
 from pairs.layouts import DATES, find_pairs
 from pairs.splits import scene_of
 from runtime.errors import UserError
@@ -263,3 +267,165 @@ def test_a_missing_label_of_one_date_is_listed(tmp_path: Path) -> None:
     (root / "val" / "label2" / "00001.png").unlink()
     with pytest.raises(UserError, match=r"label2.00001\.\*: missing"):
         find_pairs(root, "semantic")
+
+
+@pytest.mark.fault("D19")
+def test_what_is_passed_over_is_counted_and_named_once(tmp_path: Path) -> None:
+    train = save_tree(tmp_path, train=5, val=1) / "train"
+    for name in ("train_5.jp2", "train_6.npy"):
+        for folder in ("A", "B", "label"):
+            (train / folder / name).write_bytes(b"what nobody reads")
+    save(train / "A" / "more" / "train_9.png", picture(1))
+    save(train / "edges" / "train_0.png", mask_of())
+    (tmp_path / "README.txt").write_text("harmless")
+    (train / "A" / ".DS_Store").write_bytes(b"")
+    layout = find_pairs(tmp_path)
+    assert len(layout.splits["train"]) == 5
+    (note,) = layout.notes
+    assert note.startswith("8 files or folders are passed over (")
+    assert "edges" in note and ".png" in note
+    assert find_pairs(save_tree(tmp_path / "clean", train=1, val=1)).notes == ()
+
+
+def irregular(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        # the path of a socket may have a hundred letters
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+            server.bind(path.name)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.fault("D20")
+@pytest.mark.skipif(os.name == "nt", reason="no such files there")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("pipe", "is a named pipe, not a file"),
+        ("socket", "is a socket, not a file"),
+        ("device", "is a device, not a file"),
+        ("loop", "is a link that leads to itself"),
+        ("dangling", "is gone"),
+    ],
+)
+def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, said: str) -> None:
+    save_tree(tmp_path, train=2, val=1)
+    irregular(tmp_path / "train" / "B" / "train_1.png", kind)
+    with pytest.raises(UserError, match=rf"train_1\.png: {said}"):
+        find_pairs(tmp_path)
+    irregular(tmp_path / "classes.json", kind)
+    with pytest.raises(UserError, match=rf"classes\.json: {said}"):
+        choose_classes(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [("test",), ("val",), ("val", "test"), ("train", "test")])
+def test_one_split_is_enough_for_who_wants_one(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    save_tree(tmp_path, **dict.fromkeys(splits, 3))
+    for split in splits:
+        layout = find_pairs(tmp_path, wanted=(split,))
+        assert len(layout.splits[split]) == (
+            2 if splits == ("train", "test") == (split, "test") else 3
+        )
+        assert layout.trained_as is None
+    if "train" not in splits:
+        with pytest.raises(UserError, match="the train split holds no pair"):
+            find_pairs(tmp_path)
+    if "test" not in splits:
+        with pytest.raises(UserError, match="has no test split, only val"):
+            find_pairs(tmp_path, wanted=("test",))
+
+
+def test_pairs_without_splits_are_all_what_is_wanted(tmp_path: Path) -> None:
+    flat(tmp_path, *(f"train_{number}" for number in range(5)))
+    layout = find_pairs(tmp_path, wanted=("test",))
+    assert {name: len(pairs) for name, pairs in layout.splits.items()} == {"test": 5}
+    assert layout.trained_as == find_pairs(tmp_path).splits
+    assert names(tmp_path).keys() == {"train", "val"}
+    assert find_pairs(tmp_path, wanted=("val",)).splits == find_pairs(tmp_path).splits
+
+
+@pytest.mark.parametrize(
+    "words", [("A=2018", "B=2020", "label=masks"), ("before=2018", "after=2020", "label=masks")]
+)
+def test_folders_by_name(tmp_path: Path, words: tuple[str, ...]) -> None:
+    save_tree(tmp_path, train=2, val=1)
+    for split in ("train", "val"):
+        for old, new in (("A", "2018"), ("B", "2020"), ("label", "Masks")):
+            (tmp_path / split / old).rename(tmp_path / split / new)
+    with pytest.raises(UserError, match="--folders A="):
+        find_pairs(tmp_path)
+    (pair,) = find_pairs(tmp_path, folders=words).splits["val"]
+    assert [path.parent.name for path in pair.files] == ["2018", "2020", "Masks"]
+    # the usual names are still known
+    save_tree(tmp_path / "other", train=1, val=1)
+    assert find_pairs(tmp_path / "other", folders=words).splits["val"]
+
+
+@pytest.mark.parametrize("word", ["C=x", "A", "A=", "A=../x", "A=/x", "label2=x"])
+def test_folders_that_make_no_sense(tmp_path: Path, word: str) -> None:
+    save_tree(tmp_path, train=1, val=1)
+    with pytest.raises(UserError, match="--folders .*: give folders such as A=2018,B=2020"):
+        find_pairs(tmp_path, folders=[word])
+
+
+MARKED = {
+    "prefixes": ("pre_{}", "post_{}", "mask_{}"),
+    "suffixes": ("{}_A", "{}_B", "{}_label"),
+    "dates": ("{}_t1", "{}_t2", "{}"),
+}
+
+
+@pytest.mark.parametrize("forms", MARKED.values(), ids=MARKED)
+def test_names_that_say_their_date(tmp_path: Path, forms: tuple[str, str, str]) -> None:
+    for split in ("train", "val"):
+        for number, (folder, form) in enumerate(zip(("A", "B", "label"), forms, strict=True)):
+            for index in range(3):
+                pixels = picture(number + index) if number < 2 else mask_of()
+                save(tmp_path / split / folder / f"{form.format(f'tile_{index}')}.png", pixels)
+    pairs = find_pairs(tmp_path).splits["train"]
+    assert [pair.name for pair in pairs] == ["tile_0", "tile_1", "tile_2"]
+    assert all([pair.before.stem, pair.after.stem, pair.label.stem]
+               == [form.format(pair.name) for form in forms] for pair in pairs)  # fmt: skip
+    (tmp_path / "train" / "B" / f"{forms[1].format('tile_1')}.png").unlink()
+    with pytest.raises(UserError, match=r"1 files.*\n.*tile_1\.\*: missing"):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+def test_names_that_say_their_date_in_one_folder(tmp_path: Path, deeper: bool) -> None:
+    for index in range(5):
+        for form in ("{}_A", "{}_B", "{}_mask"):
+            folder = tmp_path / "train" if deeper else tmp_path
+            save(folder / f"{form.format(f'tile{index}')}.png", mask_of())
+    found = find_pairs(tmp_path)
+    assert sum(map(len, found.splits.values())) == 5
+    pair = found.splits["train"][0]
+    assert [path.stem for path in pair.files] == [f"{pair.name}_{m}" for m in ("A", "B", "mask")]
+
+
+def test_pairs_that_lack_a_file_are_left_out(tmp_path: Path) -> None:
+    save_tree(tmp_path, train=4, val=1)
+    (tmp_path / "train" / "B" / "train_2.png").unlink()
+    layout = find_pairs(tmp_path, skip_broken=True)
+    assert [pair.name for pair in layout.splits["train"]] == ["train_0", "train_1", "train_3"]
+    assert len(layout.skipped) == 1 and "train_2.*: missing" in layout.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "wanted"), [("change", "sample"), ("semantic", "sample-semantic")]
+)
+def test_of_several_sample_sets_the_one_that_fits(tmp_path: Path, task: str, wanted: str) -> None:
+    save_tree(tmp_path / "sample", train=1, val=1)
+    save_tree(tmp_path / "sample-3-classes", train=1, val=1)
+    semantic_tree(tmp_path / "sample-semantic")
+    for folder in tmp_path.iterdir():
+        (folder / "sample.json").write_text("{}")
+    (tmp_path / "cache").mkdir()
+    assert find_pairs(tmp_path, task).root == tmp_path / wanted

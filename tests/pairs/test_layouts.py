@@ -327,7 +327,7 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, s
 
 @pytest.mark.parametrize("splits", [("test",), ("val",), ("val", "test"), ("train", "test")])
 def test_one_split_is_enough_for_who_wants_one(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    save_tree(tmp_path, **dict.fromkeys(splits, 3))
+    save_tree(tmp_path, (32, 32), **dict.fromkeys(splits, 3))
     for split in splits:
         layout = find_pairs(tmp_path, wanted=(split,))
         assert len(layout.splits[split]) == (

@@ -93,7 +93,7 @@ from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
 from pairs.sources import Source
 from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
-from runtime.checkpoint import digest_of, read_checkpoint
+from runtime.checkpoint import digest_of, find_model, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from runtime.distributed import (
     from_rank_0,
@@ -225,7 +225,7 @@ def read_checkpoints(given: Sequence[str]) -> dict[Path, dict[str, Any]]:
     """
     states: dict[Path, dict[str, Any]] = {}
     for word in given:
-        path = Path(word) / "best.pt" if Path(word).is_dir() else Path(word)
+        path = find_model(word)
         if path in states:
             raise UserError(f"{path}: is given twice")
         states[path] = read_checkpoint(path)

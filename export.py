@@ -62,7 +62,7 @@ from torch.export import Dim, ExportedProgram
 
 from model import restore_model
 from pairs.images import read_image
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import find_model, read_checkpoint
 from runtime.errors import UserError, run_script
 from runtime.files import whole_folder
 
@@ -115,7 +115,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
     """
     config = Config(**given)
     onnxruntime = _import_onnx()
-    path = Path(config.checkpoint)
+    path = find_model(config.checkpoint)
     state = read_checkpoint(path)
     model = restore_model(state, path).eval().requires_grad_(False)
     out = Path(config.output_dir) if config.output_dir else path.parent

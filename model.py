@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from networks.encoders import ENCODERS, Encoder, build_encoder, check_backbone
 from networks.fusion import FUSIONS, conv_norm_relu
 from pairs.labels import MAX_CLASSES
-from runtime.checkpoint import read_checkpoint, restore, short
+from runtime.checkpoint import find_model, read_checkpoint, restore, short
 from runtime.errors import UserError
 
 __all__ = [
@@ -234,13 +234,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SiameseU
     """Load a trained model for prediction: on `device`, in eval mode.
 
     Args:
-        path: of best.pt or last.pt in a run's folder.
+        path: of a run's folder, its name under runs/, or best.pt or last.pt in it.
         device: where to put it.
 
     Raises:
         UserError: the file is not one of our checkpoints.
     """
-    return restore_model(read_checkpoint(Path(path)), path).to(device).eval()
+    found = find_model(path)
+    return restore_model(read_checkpoint(found), found).to(device).eval()
 
 
 def check_names(task: str, backbone: str, fusion: str) -> None:

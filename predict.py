@@ -101,7 +101,7 @@ from metrics import change_probability
 from model import restore_model
 from networks.sliding_window import Image, predict_bands, predict_logits
 from pairs.bands import Reading
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import find_model, read_checkpoint
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
@@ -124,7 +124,7 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
     """
     config = Config(**given)
     check(config)
-    path = Path(config.checkpoint)
+    path = find_model(config.checkpoint)
     state = read_checkpoint(path)
     reading = reading_of(config).over(Reading.saved(state["data"], path))
     config = replace(config, **vars(reading))
@@ -227,7 +227,7 @@ def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
     for scene in scenes:
         with opened(scene, config):
             pass
-    path = Path(config.checkpoint)
+    path = find_model(config.checkpoint)
     if config.threshold is None and kinds.has_threshold:
         if chosen := stored_threshold(path):
             threshold, source = chosen

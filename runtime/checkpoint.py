@@ -15,7 +15,8 @@ import hashlib
 import platform
 import reprlib
 import shutil
-from collections.abc import Mapping, ValuesView
+from collections.abc import Callable, Mapping, ValuesView
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from torch.optim import Optimizer
 
 from runtime.config import VERSION
 from runtime.errors import UserError
-from runtime.files import read_torch_file, whole_file
+from runtime.files import file_size_limit, read_torch_file, whole_file
 
 FORMAT = 1
 MOMENTS, RATES = ("exp_avg", "exp_avg_sq"), ("lr", "initial_lr")  # in the states of AdamW
 REQUIRED = {"format": int, "model": dict, "model_kwargs": dict, "config": dict, "data": dict}
+RUNS = Path(__file__).parents[1] / "runs"
+MODELS = ("best.pt", "last.pt")  # of a run, the better one first
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
@@ -48,17 +51,33 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, keep_previous: bool
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: not saved, for {name} is no longer finite; try a lower --lr")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         previous = previous_of(path) if keep_previous else None
         with whole_file(path, previous=previous) as beside, beside.open("wb") as file:
             torch.save({"format": FORMAT, **state, "versions": versions()}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        needed = sum(t.nbytes for t in _tensors(state)) / 1e6
-        free = shutil.disk_usage(path.parent).free / 1e6
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be saved, it needs {needed:.0f} MB and {free:.0f} MB are free "
-            f"({reason}); make room and resume, the checkpoint before it is untouched"
-        ) from None
+        needed = sum(t.nbytes for t in _tensors(state))
+        raise UserError(f"{path}: cannot be saved, {_why_not(path, needed, error)}") from None
+
+
+def _why_not(path: Path, needed: int, error: Exception) -> str:
+    """Say why a file cannot be written, and what to do: a limit is no full disk."""
+    rest = "and resume, the checkpoint before it is untouched"
+    limit = file_size_limit()
+    if limit is not None and needed > limit:
+        return (
+            f"it needs {needed / 1e6:.0f} MB and no file may have more than {limit / 1e6:.0f} MB "
+            f"here (ulimit -f); raise the limit {rest}"
+        )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return f"{reason}; make its folder writable {rest}"
+    return (
+        f"it needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free ({reason}); "
+        f"make room {rest}"
+    )
 
 
 def digest_of(path: Path) -> str:
@@ -97,7 +116,124 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: format {state['format']} is newer than this code's {FORMAT}; "
             f"it was written by {short(state.get('versions') or 'a later version')}"
         )
+    for entry, (is_right, expected) in ENTRIES.items():
+        *parents, name = entry.split(".")
+        holder = state.get(parents[0]) or {} if parents else state
+        if (value := holder.get(name)) is not None and not is_right(value):
+            raise UserError(
+                f"{path}: its entry {entry} is {short(value)}, not {expected}; it is damaged, or "
+                "was not written by this program"
+            )
     return state
+
+
+def find_model(word: str | Path, runs: Path = RUNS) -> Path:
+    """Return the checkpoint that a word names.
+
+    Args:
+        word: a run's folder, its name under `runs`, or the path of a checkpoint. Of a run it is
+            best.pt, else last.pt.
+        runs: the folder of the runs.
+
+    Raises:
+        UserError: there is no such run or checkpoint; the newest runs are named.
+    """
+    path = Path(word)
+    if not path.exists() and (runs / word).is_dir():
+        path = runs / word
+    if path.is_dir():
+        found = [path / name for name in MODELS if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds no best.pt or last.pt{newest_runs(runs)}")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"{word}: no such run or checkpoint{newest_runs(runs)}")
+    return path
+
+
+def newest_runs(runs: Path) -> str:
+    """Return what to add to an error: "; the newest runs are runs/b, runs/a", or nothing."""
+    times = {}
+    with suppress(OSError):
+        for folder in runs.glob("[!.]*"):
+            written = [written_at(folder / name) for name in MODELS]
+            if max(written):
+                times[folder] = max(written)
+    newest = sorted(times, key=lambda folder: times[folder], reverse=True)[:5]
+    return f"; the newest are {', '.join(map(str, newest))}" if newest else ""
+
+
+def written_at(path: Path) -> float:
+    """Return when a file was written, 0 where there is none or it cannot be looked at."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and not abs(value) >= 2**63  # type: ignore[arg-type]
+
+
+def _is_list(value: object, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(is_right(part) for part in value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_label(value: object) -> bool:
+    return _is_count(value) and value <= 65535  # type: ignore[operator]
+
+
+def _is_color(value: object) -> bool:
+    return _is_list(value, _is_count) and len(value) == 3 and max(value) <= 255  # type: ignore
+
+
+def _are_scores(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"epoch", "change_iou"} <= value.keys()
+        and _is_count(value["epoch"])
+        and all(_is_text(name) and _is_number(score) for name, score in value.items())
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a value that an option may have."""
+    return value is None or isinstance(value, bool | str) or _is_number(value)
+
+
+def _are_options(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        _is_text(name) and (_is_plain(option) or _is_list(option, _is_plain))
+        for name, option in value.items()
+    )
+
+
+# What each entry is, where there is one; restoring judges the states of optimizer and schedule.
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "best": (_are_scores, "an epoch with its scores"),
+    "weights": (_is_text, "text"),
+    "mlflow_run_id": (_is_text, "text"),
+    "progress": (lambda value: isinstance(value, dict), "a dictionary"),
+    "versions": (lambda value: isinstance(value, dict), "a dictionary"),
+    "config": (_are_options, "a dictionary of options"),
+    "config.data_dir": (_is_text, "text"),
+    "config.batch_size": (lambda value: _is_count(value) and value > 0, "a positive number"),
+    "config.mask_values": (lambda value: _is_list(value, _is_label), "a list of label values"),
+    "data.fingerprint": (_is_text, "text"),
+    "data.mask_values": (lambda value: _is_list(value, _is_label), "a list of label values"),
+    "data.class_names": (lambda value: _is_list(value, _is_text), "a list of names"),
+    "data.class_colors": (lambda value: _is_list(value, _is_color), "a list of colours"),
+    "progress.epoch": (_is_count, "a number of epochs"),
+    "progress.batch": (_is_count, "a number of batches"),
+}
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any], source: str | Path) -> None:

@@ -127,6 +127,9 @@ def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lam
             raise
         where = f"{error.filename}: " if error.filename else ""
         return end(f"error: {visible(where)}{error.strerror}", 2)
+    except MemoryError as error:
+        why = visible(str(error).splitlines()[0]) if str(error) else "there is no memory left"
+        return end(f"error: {why}; close other programs, or give less at once", 2)
     except Interrupted as stop:
         return end(stop, stop.exit_code)
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+    import resource
 
 PREFIX = ".unfinished-"
 LOCK = ".lock"
@@ -55,6 +56,37 @@ def whole_file(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def file_size_limit() -> int | None:
+    """Return how many bytes a file of this process may have; None where there is no limit."""
+    if sys.platform == "win32":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def is_there(path: Path) -> bool:
+    """Whether a regular file is there; not where that cannot be told, as behind a closed folder."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_json(path: Path, max_bytes: int = 2**24) -> Any:
+    """Return the content of a JSON file that anybody may have written, None where it cannot be had.
+
+    Args:
+        path: only a regular file is opened: a pipe would wait for a writer.
+        max_bytes: a larger file is not read.
+    """
+    try:
+        if is_there(path) and path.stat().st_size <= max_bytes:
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -156,6 +188,8 @@ def read_torch_file(path: Path, *, checked: bool) -> Any:
 
     Raises:
         ValueError: it cannot be read, with the reason in a line.
+        MemoryError: this machine has no room for it; the file may be whole.
+        PermissionError: it may not be read.
     """
     import torch  # takes seconds, and nothing else here needs it
 
@@ -168,10 +202,14 @@ def read_torch_file(path: Path, *, checked: bool) -> Any:
                 if damaged := archive.testzip():  # torch.load does not look at the check sums
                     raise zipfile.BadZipFile(f"{damaged} fails its check sum")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
     except pickle.UnpicklingError:
         # torch's message tells how to load the file nevertheless, in bold: that runs its code
         raise ValueError("it is damaged, or holds more than tensors and plain values") from None
     except Exception as error:
+        if "memory" in str(error) and isinstance(error, RuntimeError):  # of torch's allocator
+            raise MemoryError(f"{path}: no memory to read it") from None
         # zipfile and torch.load raise a dozen types for hostile files; none may reach the user
         raise ValueError(
             (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -236,7 +236,11 @@ class _Optional(Generic[BackEnd]):
                 line = without_secrets(" ".join(str(error).split()) or type(error).__name__)
                 LOGGER.warning("%s: %.300s (the run goes on without)", self.name, line)
             self.failures += 1
-            if self.failures == self.max_failures or isinstance(error, ServerIsSlowError):
+            if isinstance(error, ServerIsSlowError):
+                # its thread still listens, and what it hears interests nobody
+                logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+                self.back_end = None
+            if self.failures == self.max_failures:
                 self.back_end = None
             return False
         return True

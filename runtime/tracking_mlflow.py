@@ -124,14 +124,13 @@ class Mlflow:
 
     def log_artifact(self, path: Path, folder: str | None) -> None:
         """Send a file; into a store on the same disk it is linked, which takes no room."""
-        seconds = MAX_SECONDS + path.stat().st_size / MIN_UPLOAD
 
         def send() -> None:
             place = self._local_artifacts()
             if not place or not _link(path, place / (folder or "")):
                 self.client.log_artifact(self.run_id, str(path), folder)
 
-        self._call(send, seconds)
+        self._call(send, path.stat().st_size / MIN_UPLOAD)
 
     def log_datasets(
         self, name: str, *, digest: str, source: str, num_pairs: Mapping[str, int]
@@ -162,7 +161,7 @@ class Mlflow:
             output = LoggedModelOutput(entry.model_id, self.last_step)
             self.client.log_outputs(self.run_id, [output])
 
-        self._call(send, MAX_SECONDS + size / MIN_UPLOAD)
+        self._call(send, size / MIN_UPLOAD)
 
     def close(self, status: str) -> None:
         """Send what is left and end the run: FINISHED, FAILED or KILLED."""
@@ -174,16 +173,17 @@ class Mlflow:
 
     # ---- a call that ends
 
-    def _call(self, call: Callable[[], object], seconds: float = MAX_SECONDS) -> None:
+    def _call(self, call: Callable[[], object], more_seconds: float = 0) -> None:
         if self.database:
             _check_sqlite(self.database)
-        self._limited(call, seconds)
+        self._limited(call, more_seconds)
 
-    def _limited(self, call: Callable[[], object], seconds: float = MAX_SECONDS) -> None:
+    def _limited(self, call: Callable[[], object], more_seconds: float = 0) -> None:
         """Wait for a call to a server no longer than that; it may send a byte a second for ever."""
         if not self.is_server:
             call()
             return
+        seconds = MAX_SECONDS + more_seconds
         fault: list[BaseException] = []
 
         def run() -> None:

@@ -63,7 +63,12 @@ ROWS = {
     "R26": "servers: on this machine only",
     "R27": "the terminal closes (SIGHUP): saved as for SIGTERM",
     "R28": "stdout or stderr closed, a broken pipe, a log on a full disk: the run goes on",
+    "R29": "metrics.csv saved by a spreadsheet: no row is lost, the old file is kept beside",
+    "R30": "hostile neighbours of a run: passed over, they do not block --resume",
+    "R31": "an MLflow server without end, or an address that is none: bounded, one warning",
+    "R32": "the run's folder removed while it trains: made again at the next save",
     "R33": "Ctrl-C while modules are imported: exit 130 without a traceback",
+    "R34": "a path with %20, #, ?, spaces, non-ASCII: MLflow and all else work",
     # checkpoints and hostile files
     "C1": "truncated, empty, foreign bytes: refused; resuming takes the newest good one",
     "C2": "a flipped bit: noticed",
@@ -74,6 +79,7 @@ ROWS = {
     "C7": "archive with ../, absolute path, link, bomb: refused, nothing written outside",
     "C8": "a download breaks off, lies, is a page or moved: resumed or refused, never half a set",
     "C9": "a checkpoint of a newer format: refused with the version",
+    "C10": "wrong types in any entry of a checkpoint: refused, and the entry is named",
     # several processes
     "P1": "one process or two: the same losses and scores",
     "P2": "a split that ranks do not divide: nothing scored twice or lost",

@@ -290,8 +290,8 @@ def open_run(
 
 def check_same_classes(saved: Mapping[str, Any], encoding: MaskCoding, last: Path) -> None:
     """Raise UserError if classes are no longer what a run has learned."""
-    learned = (list(saved.get("class_names") or encoding.names), list(saved["mask_values"]))
     now = (list(encoding.names), list(encoding.values))
+    learned = (list(saved.get("class_names") or now[0]), list(saved.get("mask_values") or now[1]))
     if learned != now:
         before, after = (
             ", ".join(f"{name} {value}" for name, value in zip(*classes, strict=False))

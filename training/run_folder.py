@@ -9,16 +9,15 @@ is written beside and moved into place: a process may be killed at any moment.
 """
 
 import itertools
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import previous_of, read_checkpoint
+from runtime.checkpoint import newest_runs, previous_of, read_checkpoint, written_at
 from runtime.errors import UserError
-from runtime.files import locked, write_json
+from runtime.files import is_there, locked, read_json, write_json
 
 OPTIONS = "config.json"
 PATIENCE = 15  # seconds: a killed process holds its lock until its workers have noticed
@@ -86,9 +85,9 @@ def find_launch(launch: str | None, output_dir: Path) -> Path | None:
     found = [
         folder
         for folder in output_dir.glob("[!.]*")
-        if launch is not None and _read_json(folder / OPTIONS).get("launch") == launch
+        if launch is not None and _read_options_file(folder).get("launch") == launch
     ]
-    return max(found, key=lambda folder: (folder / OPTIONS).stat().st_mtime, default=None)
+    return max(found, key=lambda folder: written_at(folder / OPTIONS), default=None)
 
 
 def find_checkpoint(
@@ -100,8 +99,8 @@ def find_checkpoint(
     """Find and read the checkpoint to go on from.
 
     Args:
-        resume: "auto" for the newest run (or the one called `name`), or the path of a checkpoint
-            or a run's folder.
+        resume: "auto" for the newest run (or the one called `name`), a run's folder, its name in
+            `output_dir`, or one of its checkpoints.
         output_dir: where the runs are.
         name: of the run that "auto" shall take.
         claim: is called with the run's folder before anything in it is read to go on from, so that
@@ -122,10 +121,12 @@ def find_checkpoint(
             raise UserError(f"--resume auto: no checkpoint under {output_dir}")
         resume = str(max(found, key=_last_sign))
     path = Path(resume)
+    if not path.exists() and (output_dir / resume).is_dir():
+        path = output_dir / resume
     if not path.exists():
-        runs = sorted(filter(_checkpoints, output_dir.glob("[!.]*")), key=_last_sign)
-        known = f"; the newest are {', '.join(map(str, reversed(runs[-5:])))}" if runs else ""
-        raise UserError(f"--resume {resume}: no such run or checkpoint{known}")
+        raise UserError(f"--resume {resume}: no such run or checkpoint{newest_runs(output_dir)}")
+    if path.name == "best.pt" and _checkpoints(path.parent):
+        path = path.parent  # it names its run, which goes on from last.pt
     if path.is_dir() and not _checkpoints(path) and not _never_saved(path):
         raise UserError(f"--resume {resume}: no last.pt in this folder")
     claim(path if path.is_dir() else path.parent)
@@ -153,48 +154,39 @@ def find_checkpoint(
 
 def read_options(folder: Path) -> dict[str, Any]:
     """Return the options in a run's config.json, empty where there is none."""
-    content = _read_json(folder / OPTIONS)
+    content = _read_options_file(folder)
     return {name: content[name] for name in content if name not in ("versions", "launch")}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+def _read_options_file(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / OPTIONS)
+    return content if isinstance(content, dict) else {}
 
 
 def _never_saved(folder: Path) -> bool:
     """Whether a run has begun here and was ended before it wrote last.pt, its first file of all."""
     names = ("best.pt", "metrics.csv")
-    return bool(read_options(folder)) and not any((folder / name).exists() for name in names)
+    return bool(read_options(folder)) and not any(is_there(folder / name) for name in names)
 
 
 def _last_sign(folder: Path) -> float:
     """Return when a run last wrote a checkpoint, or else began."""
-    return max(p.stat().st_mtime for p in _checkpoints(folder) or [folder / OPTIONS])
+    return max(written_at(path) for path in _checkpoints(folder) or [folder / OPTIONS])
 
 
 def _check_entries(path: Path, state: dict[str, Any]) -> None:
     """Refuse a checkpoint that a run cannot go on from, before anything is built."""
-    best = state.get("best")
-    if not (
-        isinstance(state.get("weights"), str)
-        and isinstance(best, dict)
-        and {"epoch", "change_iou"} <= best.keys()
-        and isinstance(best["epoch"], int)
-        and all(type(v) in (int, float) and not abs(v) >= 2**63 for v in best.values())
-        and all(isinstance(name, str) for name in best)
-        and isinstance(state["data"].get("fingerprint"), str)
-        and isinstance(state.get("progress"), dict)
-        and isinstance(state.get("mlflow_run_id"), str | None)
-    ):
-        raise UserError(f"{path}: lacks entries of a run; resume from a last.pt of ours")
-    if best["epoch"] > 0 and not (path.parent / "best.pt").is_file():
+    missing = [name for name in ("weights", "best", "progress") if state.get(name) is None]
+    missing += [name for name in ["fingerprint"] if state["data"].get(name) is None]
+    if missing:
+        raise UserError(
+            f"{path}: lacks {', '.join(missing)}; resume from a last.pt of this program"
+        )
+    if state["best"]["epoch"] > 0 and not (path.parent / "best.pt").is_file():
         raise UserError(f"{path}: its best.pt is not beside it; copy the whole folder of the run")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoints that can be resumed from, newest first."""
     last = folder / "last.pt"
-    return [p for p in (last, previous_of(last)) if p.is_file()]
+    return [p for p in (last, previous_of(last)) if is_there(p)]

@@ -11,7 +11,7 @@ import torch
 
 from model import SiameseUNet, build_model, load_model
 from runtime import checkpoint
-from runtime.checkpoint import previous_of, read_checkpoint, restore, save_checkpoint
+from runtime.checkpoint import find_model, previous_of, read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
 
 KWARGS = {"backbone": "resnet18", "num_classes": 1, "freeze_backbone": True}
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=Path(checkpoint.__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 2
-    assert "cannot be saved, it needs 0 MB" in done.stderr
+    assert "no file may have more than 0 MB here (ulimit -f); raise the limit" in done.stderr
     assert "Traceback" not in done.stderr
     assert read_checkpoint(path)["model"]["w"][0] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
@@ -129,6 +129,80 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["model"]["w"].ne(1).any()  # torch does not notice
     with pytest.raises(UserError, match="fails its check sum"):
         read_checkpoint(path)
+
+
+WRONG = [
+    ("best", 3), ("best", {"epoch": 1}), ("best", {"epoch": -1, "change_iou": 0.5}),
+    ("best", {"epoch": 1, "change_iou": "high"}), ("best", {"epoch": 1, "change_iou": 10**400}),
+    ("weights", ["imagenet"]), ("mlflow_run_id", 7), ("progress", [1]), ("progress.epoch", 0.5),
+    ("progress.batch", -1), ("versions", "1"), ("config", {3: 4}), ("config.lr", {"a": {"b": 1}}),
+    ("config.data_dir", 5), ("config.batch_size", "8"), ("config.batch_size", 0),
+    ("config.mask_values", 255), ("config.mask_values", [0, -1]), ("data.fingerprint", b"x"),
+    ("data.mask_values", "0,255"), ("data.mask_values", [0.0]), ("data.class_names", "road"),
+    ("data.class_names", [1, 2]), ("data.class_names", {"road": 1}), ("data.class_colors", [1, 2]),
+    ("data.class_colors", [[0, 0]]), ("data.class_colors", [[0, 0, 256]]),
+]  # fmt: skip
+
+
+@pytest.mark.fault("C10")
+@pytest.mark.parametrize(("entry", "value"), WRONG)
+def test_a_wrong_entry_is_named(entry: str, value: object, tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        **tiny_state(),
+        "best": {"epoch": 1, "change_iou": 0.5, "iou/road": float("nan")},
+        "weights": "none",
+        "progress": {"epoch": 1, "batch": 0},
+        "config": {"lr": 1e-3, "data_dir": None, "batch_size": 8, "mask_values": [0, 255]},
+        "data": {"fingerprint": "x", "mask_values": [0, 255], "class_names": ["no", "yes"],
+                 "class_colors": [[0, 0, 0], [255, 255, 255]]},
+    }  # fmt: skip
+    save_checkpoint(tmp_path / "x.pt", state)
+    read_checkpoint(tmp_path / "x.pt")
+    *parents, name = entry.split(".")
+    (state[parents[0]] if parents else state)[name] = value
+    torch.save({"format": 1, **state}, tmp_path / "x.pt")
+    with pytest.raises(
+        UserError, match=rf"x\.pt: its entry {entry.split('.', maxsplit=1)[0]}.* is .*, not "
+    ):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.fault("R7")
+def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "x.pt", tiny_state())
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match=r"x\.pt: no memory to read it"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_model_is_named_in_many_ways(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (tmp_path / "runs" / ".a.tmp").mkdir()
+    (run / "last.pt").touch()
+    for word in (run, str(run), "a", run / "last.pt"):
+        assert find_model(word, tmp_path / "runs") == run / "last.pt"
+    (run / "best.pt").touch()
+    for word in (run, "a", run / "best.pt"):
+        assert find_model(word, tmp_path / "runs") == run / "best.pt"
+
+
+def test_a_model_that_is_not_there_brings_those_that_are(tmp_path: Path) -> None:
+    for number, name in enumerate(("old", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").touch()
+        os.utime(tmp_path / name / "best.pt", (number, number + 1))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="b: no such run or checkpoint; the newest are .*new, .*ol"):
+        find_model("b", tmp_path)
+    with pytest.raises(UserError, match=r"empty: holds no best\.pt or last\.pt; the newest are"):
+        find_model("empty", tmp_path)
+    with pytest.raises(UserError, match="no such run or checkpoint$"):
+        find_model("b", tmp_path / "none")
 
 
 class Evil:

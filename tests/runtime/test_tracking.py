@@ -1,10 +1,13 @@
+import contextlib
 import csv
 import errno
 import json
 import logging
 import math
 import os
+import shutil
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -196,6 +199,56 @@ def test_a_full_disk_costs_one_warning_and_no_row(
     assert "metrics.csv" in warned[0]
     assert "No space left" in warned[0]
     assert not list(run_dir.glob("*.tmp"))
+
+
+SPREADSHEET = "step;train/loss;note\r\n1;0,5;\r\n2;0,25;warm-up ends; see mail\r\n"
+EDITED = {
+    "mark": "\ufeffstep,train/loss\n1,0.5\n2,0.25\n".encode(),
+    "semicolons": SPREADSHEET.encode(),
+    "utf-16": SPREADSHEET.replace(";", "\t").encode("utf-16"),
+    "note": b"step,train/loss,note\n1,0.5,\n2,0.25,good\n",
+    "note in a number": b"step,train/loss\n1,0.5\n2,0.25\n3,see above\n",
+    "open quote": b'step,train/loss\n1,0.5\n2,0.25\n3,"0.125\n4,0.1\n',
+    "power cut": b"step,train/loss\n1,0.5\n2,0.25\n4,0.\x00\n5",
+}
+
+
+@pytest.mark.fault("R29")
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edited_table_is_kept_and_read(name: str, run_dir: Path, warned: list[str]) -> None:
+    (run_dir / "metrics.csv").write_bytes(EDITED[name])
+    (run_dir / "metrics.edited.csv").write_text("an older one")
+    with without_mlflow(run_dir, first_step=3) as tracker:
+        tracker.log({"train/loss": 0.125}, 3)
+    assert [(row["step"], row["train/loss"]) for row in table(run_dir)] == [
+        ("1", "0.5"), ("2", "0.25"), ("3", "0.125"),
+    ]  # fmt: skip
+    assert (run_dir / "metrics.edited-2.csv").read_bytes() == EDITED[name]
+    assert (run_dir / "metrics.edited.csv").read_text() == "an older one"
+    assert len(warned) == 1 and "kept as metrics.edited-2.csv" in warned[0]
+
+
+@pytest.mark.fault("R29")
+def test_a_table_that_cannot_be_read_is_kept(run_dir: Path, warned: list[str]) -> None:
+    content = b"\xff\xfes\x00" + os.urandom(999)
+    (run_dir / "metrics.csv").write_bytes(content)
+    with without_mlflow(run_dir, first_step=3) as tracker:
+        tracker.log({"train/loss": 0.125}, 3)
+    assert [row["step"] for row in table(run_dir)] == ["3"]
+    assert (run_dir / "metrics.edited.csv").read_bytes() == content
+    assert len(warned) == 1
+
+
+@pytest.mark.fault("R32")
+def test_a_removed_folder_is_made_again(run_dir: Path, warned: list[str]) -> None:
+    with without_mlflow(run_dir) as tracker:
+        tracker.log({"train/loss": 0.5}, 1)
+        shutil.rmtree(run_dir)
+        tracker.log({"train/loss": 0.25}, 2)
+    assert [row["step"] for row in table(run_dir)] == ["1", "2"]
+    points = events(run_dir).Scalars("curves/loss, train")
+    assert [(e.step, e.value) for e in points] == [(2, 0.25)]
+    assert not warned
 
 
 # ---- TensorBoard
@@ -564,6 +617,81 @@ def test_a_server_that_dies_midway_costs_one_warning(
     assert len(warned) == 1 and warned[0].startswith("MLflow: ")
     assert [row["step"] for row in table(run_dir)] == list("12345678")
     assert "run/loss" in events(run_dir).Tags()["scalars"]
+
+
+class Hostile(socketserver.StreamRequestHandler):
+    """Answers without end: a byte now and then, or as many as there are."""
+
+    def handle(self) -> None:
+        self.request.recv(2**16)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        piece, pause = {"header": (b"X", 0.05), "body": (b" ", 0.05), "endless": (2**20 * b" ", 0)}[
+            self.server.kind  # type: ignore[attr-defined]
+        ]
+        self.request.sendall(head if piece == b"X" else head + b"\r\n")
+        with contextlib.suppress(OSError):
+            while not self.server.is_over.wait(pause):  # type: ignore[attr-defined]
+                self.request.sendall(piece)
+                self.server.sent += len(piece)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault("R31")
+@pytest.mark.parametrize("kind", ["header", "body", "endless"])
+def test_a_server_without_end_costs_one_warning(
+    kind: str, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.tracking_mlflow.MAX_SECONDS", 1)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hostile) as server:
+        server.daemon_threads = True
+        server.kind, server.sent = kind, 0  # type: ignore[attr-defined]
+        server.is_over = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        with track(run_dir, run_dir) as tracker:
+            for step in (1, 2, 3):
+                tracker.log({"loss": 1.0}, step)
+        server.is_over.set()  # type: ignore[attr-defined]
+        server.shutdown()
+    assert len(warned) == 1
+    reason = "more than 32 MB" if kind == "endless" else "no whole answer within 1 s"
+    assert reason in warned[0]
+    assert server.sent < 2**26  # type: ignore[attr-defined]
+    assert len(table(run_dir)) == 3
+
+
+@pytest.mark.fault("R31")
+@pytest.mark.parametrize("address", ["http://[", "http://", "//", "http://x:y:z", "\udcff"])
+def test_an_address_that_is_none_costs_one_warning(
+    address: str, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with track(run_dir, run_dir) as tracker:
+        tracker.log({"loss": 1.0}, 1)
+    assert len(warned) == 1
+    assert len(table(run_dir)) == 1
+
+
+@pytest.mark.fault("R34")
+def test_a_store_may_have_any_path(
+    tmp_path: Path, migrated: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(tmp_path / "a b%20c#d?e é")
+    shutil.copy(migrated, store)
+    run_dir = make(store / "runs" / "r")
+    for _ in range(2):
+        with track(run_dir, store) as tracker:
+            tracker.log({"loss": 1.0}, 1)
+            tracker.log_artifact(run_dir / "metrics.csv")
+    assert warned == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["elsewhere", store.name]
+    assert not list(Path.cwd().iterdir())
+    monkeypatch.chdir(store)
+    from mlflow import MlflowClient
+
+    here = MlflowClient("sqlite:///mlflow.db")  # as the run's last lines say
+    run = here.get_run(str(tracker.mlflow_run_id))
+    assert run.data.metrics == {"loss": 1.0}
+    assert [f.path for f in here.list_artifacts(run.info.run_id)] == ["metrics.csv"]
 
 
 @pytest.mark.fault("R19")

@@ -166,7 +166,7 @@ def newest_runs(runs: Path) -> str:
 def written_at(path: Path) -> float:
     """Return when a file was written, 0 where there is none or it cannot be looked at."""
     try:
-        return path.stat().st_mtime
+        return path.stat().st_mtime if path.is_file() else 0
     except OSError:
         return 0
 

@@ -102,7 +102,8 @@ class Mlflow:
             self._limited(lambda: self._open(experiment, root))
         except Exception as error:
             self._unlink()
-            raise RuntimeError(f"{named or self.database}: {error}") from error
+            kind = ServerIsSlowError if isinstance(error, ServerIsSlowError) else RuntimeError
+            raise kind(f"{named or self.database}: {error}") from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send numbers, with those that could not be sent before."""
@@ -337,13 +338,13 @@ def import_mlflow() -> None:
 
 def _read_to_the_limit(response: Any, **_: object) -> None:
     """Read the answer here, before `requests` reads whatever comes."""
-    content = b""
+    content = bytearray()
     for part in response.raw.stream(2**16, decode_content=True):
         content += part
         if len(content) > MAX_ANSWER:
             response.close()
             raise OSError(f"the answer has more than {MAX_ANSWER >> 20} MB")
-    response._content = content
+    response._content = bytes(content)
 
 
 def export_model(model: nn.Module, folder: Path) -> None:

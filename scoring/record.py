@@ -10,7 +10,6 @@ With several checkpoints the last three lie in a folder for each.
 
 import csv
 import itertools
-import json
 import math
 import shutil
 import tempfile
@@ -24,8 +23,9 @@ import torch
 from matplotlib.figure import Figure
 
 from metrics import change_scores
-from runtime.checkpoint import digest_of
+from runtime.checkpoint import digest_of, written_at
 from runtime.errors import UserError
+from runtime.files import read_json
 from runtime.tracking import Tracker
 from scoring.counts import ImageCounts
 from scoring.evaluation import ProtocolResult
@@ -101,16 +101,16 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
     run_dir = checkpoint.resolve().parent
     found = [p for home in (run_dir, run_dir.parent) for p in home.glob("evaluation/*/scores.json")]
     digest = digest_of(checkpoint) if found else ""
-    for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+    for path in sorted(found, key=written_at, reverse=True):
         try:
-            report = json.loads(path.read_text("utf-8"))
+            report = read_json(path)
             run = next(r for r in report["runs"] if r["sha256"] == digest)
             if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
                 continue
             protocols = run["protocols"]
             protocol = protocols.get("sliding") or next(iter(protocols.values()))
             threshold = float(protocol["points"]["val"]["threshold"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, StopIteration):
             continue
         if 0 <= threshold <= 1:
             return threshold, path

@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 
+from runtime.checkpoint import digest_of
 from runtime.errors import UserError
-from scoring.record import check_writable, write_folder
+from scoring.record import check_writable, stored_threshold, write_folder
 
 
 def test_a_folder_appears_whole_and_what_is_there_stays(tmp_path: Path) -> None:
@@ -38,3 +40,30 @@ def test_of_a_failure_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "new", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("R30")
+def test_hostile_scores_are_passed_over(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "best.pt").write_bytes(b"x")
+    digest = digest_of(run / "best.pt")
+
+    def scores(threshold: str) -> str:
+        point = f'{{"points": {{"val": {{"threshold": {threshold}}}}}}}'
+        one = f'{{"sha256": "{digest}", "trained_on_this_data": 1, "protocols": {{"x": {point}}}}}'
+        return f'{{"val_pairs": 999, "runs": [{one}]}}'
+
+    def put(name: str, content: str) -> None:
+        (run / "evaluation" / name).mkdir(parents=True)
+        (run / "evaluation" / name / "scores.json").write_text(content)
+
+    put("good", scores("0.25"))
+    for number, content in enumerate([99_999 * "[", scores("1" * 400), scores("null"), "3", ""]):
+        put(f"bad-{number}", content)
+    (run / "evaluation" / "loop").mkdir()
+    (run / "evaluation" / "loop" / "scores.json").symlink_to("scores.json")
+    (run / "evaluation" / "pipe").mkdir()
+    os.mkfifo(run / "evaluation" / "pipe" / "scores.json")
+    found = stored_threshold(run / "best.pt")
+    assert found == (0.25, run / "evaluation" / "good" / "scores.json")

@@ -7,7 +7,14 @@ import torch
 
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
-from training.run_folder import claimed, find_checkpoint, new_run_folder, sweep, write_json
+from training.run_folder import (
+    claimed,
+    find_checkpoint,
+    find_launch,
+    new_run_folder,
+    sweep,
+    write_json,
+)
 
 
 def save(path: Path, value: float, *, resumable: bool = True, age: int = 0) -> None:
@@ -110,6 +117,39 @@ def test_a_name_that_is_not_there_brings_those_that_are(tmp_path: Path) -> None:
     save(tmp_path / "new" / "last.pt", 2)
     with pytest.raises(UserError, match="no such run or checkpoint; the newest are .*new, .*old"):
         find_checkpoint(str(tmp_path / "nwe"), tmp_path, None)
+
+
+DEEP = 99_999 * "["
+HOSTILE = [DEEP, '{"launch": ' + DEEP, "1" * 400, '{"launch": 1e999}', "[]", "\x00", '"a"']
+
+
+@pytest.mark.fault("R30")
+def test_hostile_neighbours_do_not_block(tmp_path: Path) -> None:
+    save(tmp_path / "good" / "last.pt", 1, age=100)
+    for number, content in enumerate(HOSTILE):
+        (tmp_path / f"bad-{number}").mkdir()
+        (tmp_path / f"bad-{number}" / "config.json").write_text(content)
+    for name in ("pipe", "loop", "loops"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.json")
+    os.mkfifo(tmp_path / "pipe" / "last.pt")
+    for name in ("config.json", "last.pt", "metrics.csv"):
+        (tmp_path / "loop" / name).symlink_to(name)
+    (tmp_path / "loops" / "config.json").symlink_to("/dev/zero")
+    (tmp_path / "round").symlink_to("round")
+    path, state = find_checkpoint("auto", tmp_path, None)
+    assert state and path == tmp_path / "good" / "last.pt"
+    assert find_launch("x", tmp_path) is None
+    with pytest.raises(UserError, match=r"no such run or checkpoint; the newest are \S*good$"):
+        find_checkpoint("nowhere", tmp_path, None)
+
+
+def test_a_run_is_resumed_by_its_name_or_its_best(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "last.pt", 1)
+    (tmp_path / "a" / "best.pt").touch()
+    for word in ("a", str(tmp_path / "a"), str(tmp_path / "a" / "best.pt")):
+        path, state = find_checkpoint(word, tmp_path, None)
+        assert state and path == tmp_path / "a" / "last.pt"
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pairs.layouts import find_pairs, read_folders
 from runtime.config import option, shared
-from runtime.errors import UserError
 from runtime.start import start
-from training.catalogue import catalogue, check_words
+from training.catalogue import catalogue, check_options
 
 ROOT = Path(__file__).resolve().parent
 
@@ -91,7 +89,12 @@ class Config:
     cache_gb: float = shared("cache_gb")
     workers: int | None = shared("workers")
 
-    name: str | None = option(None, "name of the run's folder; else date, backbone", group="run")
+    name: str | None = option(
+        None,
+        "name of the run's folder; else date and backbone",
+        group="run",
+        form=(r"(?!\.{1,2}$)[^/]+", "a plain name, without a path"),
+    )
     output_dir: str | None = option(None, "folder of the runs; else runs/")
     resume: str | None = option(
         None,
@@ -108,56 +111,26 @@ class Config:
     mlflow: bool = option(True, "log to MLflow as well")
 
 
-def check(config: Config) -> None:
-    """Raise UserError for a name or a path that is not there; see `start`."""
-    check_words(config.backbone, config.fusion, config.loss, config.class_weights, task=config.task)
-    if config.resume:
-        check_resume(config)
-        return  # the other paths are those of the run
-    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
-        raise UserError(
-            f"--weights {config.weights}: no such file; give imagenet, none, or the file of a "
-            "state dict of this backbone"
-        )
-    if config.folders:
-        read_folders(config.folders, config.task)
-    if config.pairs and not Path(config.pairs).is_file():
-        raise UserError(f"--pairs {config.pairs}: no such file")
-    if config.data_dir and not config.download and not Path(config.data_dir).is_dir():
-        find_pairs(config.data_dir, config.task)  # says what it expects there
-
-
-def check_resume(config: Config) -> None:
-    """Raise UserError for a run that there is not."""
-    runs = Path(config.output_dir or ROOT / "runs")
-    if config.resume != "auto" and not Path(config.resume or "").exists():
-        newest = sorted(runs.glob("[!.]*/last.pt"), key=lambda path: -path.stat().st_mtime)[:5]
-        known = f"; the newest are {', '.join(str(path.parent) for path in newest)}"
-        raise UserError(
-            f"--resume {config.resume}: no such run or checkpoint{known if newest else ''}"
-        )
-
-
 if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
     LIST = {"list": ("show the backbones, fusions and losses that there are, and exit", catalogue)}
-    GIVEN = start(Config, description=__doc__, answers=LIST, check=check)
+    GIVEN = start(Config, description=__doc__, answers=LIST, check=check_options)
 
 import torch
 
 from losses import build_loss
-from model import build_model, count_parameters
+from model import build_model
 from networks.encoders import TIMM
 from networks.weights import load_weights
 from pairs.download import fetch_dataset
 from pairs.labels import choose_classes
+from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.devices import (
     Precision,
-    describe,
     explain_out_of_memory,
-    keep_freed_memory,
     pick_device,
     pick_precision,
+    tune,
 )
 from runtime.distributed import (
     from_rank_0,
@@ -165,7 +138,6 @@ from runtime.distributed import (
     local_rank,
     parallel,
     run,
-    world_size,
 )
 from runtime.progress import duration
 from runtime.sync_batch_norm import synchronize
@@ -178,7 +150,7 @@ from training.engine import (
     warmup_cosine,
 )
 from training.recipe import sample_recipe
-from training.results import Results
+from training.results import Results, describe_run
 from training.run import Run, open_run
 from training.splits import Data, open_data
 
@@ -198,12 +170,12 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         run = open_run(Config, given, ROOT / "runs", stack, check_options)
         device = pick_device(run.config.device, local_rank())
         amp = pick_precision(run.config.amp, device)
-        keep_freed_memory()
+        tune(device)
         data = open_splits(run, given, device)
         learner = build(run.config, run.state, device, amp, data)
         run.start(learner, data)
         data.write_skipped(run.folder)
-        print(describe_run(run, learner, data, amp), flush=True)
+        print(describe_run(run, learner, data), flush=True)
         tracker = stack.enter_context(run.open_tracker(data, ROOT))
         results = Results(run, tracker, data, ROOT / "images")
         if run.is_new:  # from here on there is always a checkpoint, and room for the next
@@ -228,18 +200,17 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
         run.saved_if_data_fails(learner),
         closing(data.train),
         closing(data.val),
-        explain_out_of_memory(config.batch_size, config.crop_size),
+        explain_out_of_memory(
+            f"--batch-size {config.batch_size} and --crop-size {config.crop_size}",
+            f"--batch-size {max(1, config.batch_size // 2)} --accumulate 2, or smaller crops",
+        ),
     ):
         while progress.epoch < config.epochs:
             epoch = progress.epoch + 1
-            on_train, speed, waiting = learn_epoch(
+            on_train, speed = learn_epoch(
                 learner,
                 data.train,
-                title=f"epoch {epoch}/{config.epochs}",
-                batch_size=config.batch_size,
-                accumulate=config.accumulate,
-                clip_norm=config.clip_grad,
-                epochs_left=config.epochs - epoch,
+                last_epoch=config.epochs,
                 after_update=lambda: run.save_if_due(learner),
             )
             on_val, histogram = evaluate(
@@ -250,33 +221,15 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
                 precision=learner.precision,
             )
             seconds = (time.monotonic() - began) / (epoch - done_before)
-            results.print_epoch(
-                epoch,
-                on_train,
-                on_val,
-                pairs_per_second=speed,
-                data_wait_share=waiting,
-                seconds_left=seconds * (config.epochs - epoch),
-            )
-            results.log_epoch(
-                epoch,
-                on_train,
-                on_val,
-                histogram,
-                lr=float(learner.scheduler.get_last_lr()[0]),
-                pairs_per_second=speed,
-                data_wait_share=waiting,
-            )
+            left = seconds * (config.epochs - epoch)
+            results.print_epoch(epoch, on_train, on_val, **speed, seconds_left=left)
+            rate = float(learner.scheduler.get_last_lr()[0])
+            results.log_epoch(epoch, on_train, on_val, histogram, lr=rate, **speed)
             if epoch % config.draw_every == 0:
                 results.draw(learner.model, epoch, on_val["change_iou"])
             if run.is_best(on_val):
                 results.draw_matrix(confusion, epoch)
             run.save_epoch(learner, on_val)
-
-
-def check_options(config: Config, is_new: bool) -> None:
-    """Raise UserError for names and files that are not there; see `check`."""
-    check(config if is_new else replace(config, resume="auto"))
 
 
 def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
@@ -322,19 +275,6 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
             seed=config.seed,
             device=device,
         )
-
-
-def describe_run(run: Run, learner: Learner, data: Data, amp: str) -> str:
-    """Return the lines that stand before the first epoch."""
-    learning, total = count_parameters(learner.model)
-    return (
-        f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
-        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
-        f"device  {describe(learner.progress.device)}, "
-        f"{amp if learner.precision.dtype else 'float32'}, {data.train.num_workers} workers"
-        f"{f', each of {world_size()} processes' if world_size() > 1 else ''}\n"
-        f"run     {run.folder}"
-    )
 
 
 def build(
@@ -392,6 +332,9 @@ def build(
         scheduler=scheduler,
         precision=Precision.named(amp, device),
         progress=Progress(data.confusion(device)),
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_grad,
     )
 
 

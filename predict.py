@@ -137,7 +137,10 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
     shared = False
     with (
         StopRequest(is_silent=rank() > 0) as stop,
-        explain_out_of_memory(config.batch_size, config.window, "--window"),
+        explain_out_of_memory(
+            f"--batch-size {config.batch_size} and --window {config.window}",
+            f"--batch-size {max(1, config.batch_size // 2)}, or a smaller --window",
+        ),
     ):
 
         def leave_if_asked() -> None:

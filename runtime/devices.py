@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from runtime.errors import UserError
+from runtime.start import usable_cores
 
 
 def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
     """Return the device called `name`, or the best one for "auto": CUDA, then MPS, then the CPU.
 
     Args:
-        name: of the device.
-        local_rank: of several processes on this machine, this one's number: it takes the GPU of
+        name: what --device says.
+        local_rank: this process's number, where several run on this machine: it takes the GPU of
             that number, or the CPU.
 
     Raises:
@@ -83,16 +84,15 @@ def describe(device: torch.device) -> str:
 
 
 def pick_workers(asked: int | None, num_processes: int = 1) -> int:
-    """Return the number of loader processes: else one less than the usable cores, at most 8.
+    """Return the number of loader processes: `asked`, or one less than the usable cores, at most 8.
 
     Args:
-        asked: goes before.
-        num_processes: that train on this machine and share its cores.
+        asked: the user's choice.
+        num_processes: processes that train on this machine and share its cores.
     """
     if asked is not None:
         return asked
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, min(8, (usable or 1) // num_processes - 1))
+    return max(0, min(8, usable_cores() // num_processes - 1))
 
 
 def available_memory() -> int:
@@ -112,8 +112,8 @@ def available_memory() -> int:
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size") -> Iterator[None]:
-    """Turn an exhausted device or machine into one line with what to try."""
+def explain_out_of_memory(used: str, remedy: str) -> Iterator[None]:
+    """Turn an exhausted device or machine into one line: what was used, and what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -121,11 +121,19 @@ def explain_out_of_memory(batch_size: int, side: int, flag: str = "--crop-size")
         is_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
             raise
-        accumulate = " --accumulate 2" if flag == "--crop-size" else ""
-        raise UserError(
-            f"out of memory with --batch-size {batch_size} and {flag} {side}; try "
-            f"--batch-size {max(1, batch_size // 2)}{accumulate}, or a smaller {flag}"
-        ) from None
+        raise UserError(f"out of memory with {used}; try {remedy}") from None
+
+
+def tune(device: torch.device) -> None:
+    """Prepare for training, where every batch has the same size: let cuDNN choose by measuring.
+
+    Products of float32 matrices go through TF32, as convolutions do by default. A CPU keeps memory,
+    see `keep_freed_memory`.
+    """
+    keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> None:

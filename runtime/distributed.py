@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import run_script
+from runtime.start import usable_cores
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # with rank 0, which may decode a whole dataset before the rest begin
@@ -214,11 +215,8 @@ def _threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "1")
     if given != "1":
         return torch.get_num_threads()
-    try:
+    with suppress(OSError):  # not Linux
         environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
         if b"OMP_NUM_THREADS=1" in environment:
             return 1
-        cores = len(os.sched_getaffinity(0))
-    except (OSError, AttributeError):  # not Linux
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -21,8 +21,7 @@ from dataset import PATCH_SIZE, ChangeDataset, make_loader
 from model import SiameseUNet
 from networks.sliding_window import OVERLAP, WINDOW, predict_logits
 from pairs.sources import Source
-from runtime.devices import Precision
-from runtime.errors import UserError
+from runtime.devices import Precision, explain_out_of_memory
 from scoring.counts import Bytes, Prediction
 
 Predicted = tuple[Prediction, Bytes]
@@ -79,16 +78,11 @@ class Predictor:
         """
         by = {"patches": self._patches, "whole": self._whole, "sliding": self._sliding}[protocol]
         self.model.eval()
-        try:
+        with explain_out_of_memory(
+            f"protocol {protocol} and --batch-size {self.batch_size}",
+            "--batch-size 1, or --protocols patches,sliding",
+        ):
             yield from by(source)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no own type
-            is_cpu = "can't allocate memory" in str(error)
-            if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
-                raise
-            raise UserError(
-                f"out of memory with protocol {protocol} and --batch-size {self.batch_size}; "
-                "try --batch-size 1, or --protocols patches,sliding"
-            ) from None
 
     def _patches(self, source: Source) -> Iterator[Predicted]:
         dataset = ChangeDataset(source, crop_size=PATCH_SIZE)

@@ -1,4 +1,4 @@
-"""What `--backbone`, `--fusion` and `--loss` can be, and what each costs; known without torch.
+"""What the options of `main.py` may name, and what models cost; known without torch.
 
 The names are read from the source of the tables that hold them, for importing these takes seconds.
 The costs are kept here; `python -m training.catalogue` measures them anew.
@@ -8,7 +8,9 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from pairs.layouts import find_pairs, read_folders
 from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +64,40 @@ def catalogue() -> str:
         f"Forward passes, {SIDE} x {SIDE}, two operations for a multiplication with an addition."
     )
     return "\n".join(lines)
+
+
+def check_options(config: Any, is_new: bool = True) -> None:
+    """Raise UserError for a name that there is not and, of a new run, for a path.
+
+    Args:
+        config: the options of `main.py`.
+        is_new: tells that no run is gone on with, so that the paths are not the saved ones.
+    """
+    check_words(config.backbone, config.fusion, config.loss, config.class_weights, config.task)
+    if not is_new:
+        return
+    if config.resume:
+        check_resume(config.resume, Path(config.output_dir or ROOT / "runs"))
+    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
+        raise UserError(
+            f"--weights {config.weights}: no such file; give imagenet, none, or the file of a "
+            "state dict of this backbone"
+        )
+    if config.folders:
+        read_folders(config.folders, config.task)
+    if config.pairs and not Path(config.pairs).is_file():
+        raise UserError(f"--pairs {config.pairs}: no such file")
+    if config.data_dir and not config.download and not Path(config.data_dir).is_dir():
+        find_pairs(config.data_dir, config.task)  # says what it expects there
+
+
+def check_resume(resume: str, runs: Path) -> None:
+    """Raise UserError for a run that there is not, with those that there are."""
+    if resume == "auto" or Path(resume).exists() or (runs / resume).exists():
+        return
+    newest = sorted(runs.glob("[!.]*/last.pt"), key=lambda path: -path.stat().st_mtime)[:5]
+    known = f"; the newest are {', '.join(str(path.parent) for path in newest)}" if newest else ""
+    raise UserError(f"--resume {resume}: no such run or checkpoint{known}")
 
 
 def check_words(backbone: str, fusion: str, loss: str, class_weights: str, task: str) -> None:

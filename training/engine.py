@@ -8,7 +8,7 @@ updates looked for. AdamW, arXiv:1711.05101; cosine schedule, arXiv:1608.03983.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -116,13 +116,12 @@ def train_one_epoch(
         optimizer: fused; steps once per `accumulate` batches, or fewer at the epoch's end.
         scheduler: steps with the optimizer, and not when float16's scaler skipped a step.
         progress: updated in place.
-        precision: of the forward pass.
-        num_batches: of the whole epoch.
-        batch_size: pairs in a batch, of all processes together; None where each has as many.
+        precision: precision of the forward pass.
+        num_batches: batches of the whole epoch.
+        batch_size: pairs in a batch, of all processes together, for these may have unequal parts.
         accumulate: batches per update.
-        clip_norm: limit of the gradient's norm; 0 is none.
-        after_update: called after each update, where the state of the run is whole; it may draw
-            a bar, save, or raise to end the run.
+        clip_norm: largest norm of the gradient; 0: no limit.
+        after_update: called where the state of the run is whole; may draw, save, or raise.
 
     Returns:
         The mean loss and the scores of the whole epoch, of the weights as they were at each step.
@@ -130,15 +129,13 @@ def train_one_epoch(
     Raises:
         DivergedError: the loss or its gradient is not finite; that step was not applied.
     """
-    device = progress.device
-    scaler = precision.scaler
+    device, scaler = progress.device, precision.scaler
     model.train()
     for batch in loader:
-        before, after, target = (t.to(device, non_blocking=True) for t in batch)
+        before, after, target = _on(device, batch)
         group_start = progress.batch - progress.batch % accumulate
         group_size = min(accumulate, num_batches - group_start)
         is_update = progress.batch + 1 - group_start == group_size
-        # 1, but where the processes' parts of a batch differ in size
         weight = len(target) * world_size() / batch_size if batch_size else 1.0
         with nullcontext() if is_update else no_sync(model):
             with precision.autocast(device):
@@ -150,12 +147,15 @@ def train_one_epoch(
         progress.batch += 1
         if is_update:
             _update(optimizer, scheduler, scaler, clip_norm, progress)
-            num_updates = -(-progress.batch // accumulate)
-            if device.type == "cpu" or num_updates % CHECK_EVERY == 0:
+            if device.type == "cpu" or -(-progress.batch // accumulate) % CHECK_EVERY == 0:
                 check_finite(progress)
             after_update(progress)
     check_finite(progress)
     return progress.summary()
+
+
+def _on(device: torch.device, batch: Batch) -> Iterator[Tensor]:
+    return (tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def _update(
@@ -219,7 +219,7 @@ def evaluate(
         criterion: `(logits, target) -> scalar`.
         loader: yields batches.
         confusion: is emptied, then filled; its device is the model's.
-        precision: of the forward pass.
+        precision: precision of the forward pass.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -231,7 +231,7 @@ def evaluate(
     loss_sum = torch.zeros((), device=device)
     num_patches = torch.zeros((), dtype=torch.int64, device=device)
     for batch in loader:
-        before, after, target = (t.to(device, non_blocking=True) for t in batch)
+        before, after, target = _on(device, batch)
         with precision.autocast(device):
             logits = model(before, after)
             loss = criterion(logits, target)
@@ -262,6 +262,9 @@ class Learner:
     scheduler: LRScheduler
     precision: Precision
     progress: Progress
+    batch_size: int  # pairs in a batch, of all processes together
+    accumulate: int  # batches per update
+    clip_norm: float  # largest norm of the gradient; 0: no limit
 
     def parts(self) -> dict[str, Any]:
         """Return what a run needs to go on, by the names in a checkpoint."""
@@ -278,35 +281,26 @@ def learn_epoch(
     learner: Learner,
     loader: PairLoader,
     *,
-    title: str,
-    batch_size: int,
-    accumulate: int,
-    clip_norm: float,
-    epochs_left: int,
+    last_epoch: int,
     after_update: Callable[[], None],
-) -> tuple[dict[str, float], float, float]:
-    """Train on what is left of an epoch, under a progress bar.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train on what is left of an epoch, under a progress bar; see `train_one_epoch`.
 
     Args:
         learner: stands somewhere in the epoch.
-        loader: of the training split.
-        title: of the bar.
-        batch_size: pairs in a batch, of all processes together.
-        accumulate: batches per update.
-        clip_norm: limit of the gradient's norm; 0 is none.
-        epochs_left: epochs after this one, for the time that the run has left.
-        after_update: see `train_one_epoch`.
+        loader: the loader of the training split.
+        last_epoch: number of the run's last epoch, for the time that is left.
+        after_update: may save, or raise to end the run.
 
     Returns:
-        Loss and scores, pairs per second, and the share of the time that went waiting for data.
+        Loss and scores; pairs per second, and the share of the time that went waiting for data.
     """
-    progress, num_batches = learner.progress, len(loader)
+    progress, num_batches, first = learner.progress, len(loader), learner.progress.batch
     start, waited = time.perf_counter(), loader.waited
-    in_batch = min(batch_size, len(loader.dataset))
-    num_pairs = (num_batches - progress.batch) * in_batch
+    in_batch = min(learner.batch_size, len(loader.dataset))
     sampler: Any = loader.batch_sampler
-    sampler.set_epoch(progress.epoch, first_batch=progress.batch)
-    first = progress.batch
+    sampler.set_epoch(progress.epoch, first_batch=first)
+    title = f"epoch {progress.epoch + 1}/{last_epoch}"
     with Bar(
         total=num_batches, initial=first, desc=title, unit="batches", disable=rank() > 0
     ) as bar:
@@ -314,8 +308,8 @@ def learn_epoch(
         def look(progress: Progress) -> None:
             if bar.update(progress.batch - bar.n):  # when it was drawn anew, not each step
                 seconds = (time.perf_counter() - start) / (progress.batch - first)
-                left = seconds * (num_batches * (1 + epochs_left) - progress.batch)
-                run = f"run {duration(left)} left"
+                batches_left = num_batches * (last_epoch - progress.epoch) - progress.batch
+                run = f"run {duration(seconds * batches_left)} left"
                 bar.set_postfix_str(f"loss {progress.mean_loss():.3f}, {run}", refresh=False)
             after_update()
 
@@ -329,12 +323,15 @@ def learn_epoch(
             precision=learner.precision,
             num_batches=num_batches,
             batch_size=in_batch,
-            accumulate=accumulate,
-            clip_norm=clip_norm,
+            accumulate=learner.accumulate,
+            clip_norm=learner.clip_norm,
             after_update=look,
         )
     seconds = time.perf_counter() - start
-    return scores, num_pairs / seconds, (loader.waited - waited) / seconds
+    return scores, {
+        "pairs_per_second": (num_batches - first) * in_batch / seconds,
+        "data_wait_share": (loader.waited - waited) / seconds,
+    }
 
 
 def build_optimizer(

@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from metrics import SCORE_NAMES, Confusion, ScoreHistogram, SemanticConfusion
-from model import load_model
+from model import count_parameters, load_model
 from pairs.synthetic.sample_set import SAMPLE_LABEL
-from runtime.distributed import rank
+from runtime.devices import describe
+from runtime.distributed import rank, world_size
 from runtime.files import whole_file
 from runtime.progress import duration
 from runtime.tracking import Tracker
@@ -33,6 +35,20 @@ from visualize import (
 PICTURE = "validation_predictions.png"
 SAMPLES = 10
 STRIP = 3  # samples in the picture of the trackers, which they show a few hundred pixels wide
+
+
+def describe_run(run: Run, learner: Learner, data: Data) -> str:
+    """Return the lines that stand before the first epoch."""
+    learning, total = count_parameters(learner.model)
+    dtype = learner.precision.dtype or torch.float32
+    processes = f", each of {world_size()} processes" if world_size() > 1 else ""
+    return (
+        f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
+        f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
+        f"device  {describe(learner.progress.device)}, {str(dtype).removeprefix('torch.')}, "
+        f"{data.train.num_workers} workers{processes}\n"
+        f"run     {run.folder}"
+    )
 
 
 class Results:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pairs.labels import MIN_PIXELS
-from runtime.config import REQUIRED, option, shared
+from runtime.config import REQUIRED, option
+from runtime.options import find_model, shared
 from runtime.start import start
 
 ROOT = Path(__file__).resolve().parent
@@ -84,7 +85,11 @@ class Config:
 
 
 if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
-    GIVEN = start(Config, description=__doc__)
+    GIVEN = start(
+        Config,
+        description=__doc__,
+        check=lambda given: [find_model(word) for word in given.checkpoints],
+    )
 
 from model import restore_model
 from pairs.cache import open_splits
@@ -93,7 +98,7 @@ from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
 from pairs.sources import Source
 from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
-from runtime.checkpoint import digest_of, find_model, read_checkpoint
+from runtime.checkpoint import digest_of, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from runtime.distributed import (
     from_rank_0,

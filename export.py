@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import REQUIRED, VERSION, option
+from runtime.options import find_model
 from runtime.start import start
 
 
@@ -47,7 +48,7 @@ class Config:
 
 
 if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
-    GIVEN = start(Config, description=__doc__)
+    GIVEN = start(Config, description=__doc__, check=lambda given: find_model(given.checkpoint))
 
 import json
 import logging
@@ -62,7 +63,7 @@ from torch.export import Dim, ExportedProgram
 
 from model import restore_model
 from pairs.images import read_image
-from runtime.checkpoint import find_model, read_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError, run_script
 from runtime.files import whole_folder
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.config import option, shared
+from runtime.config import option
+from runtime.options import shared
 from runtime.start import start
 from training.catalogue import catalogue, check_options
 

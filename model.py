@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from networks.encoders import ENCODERS, Encoder, build_encoder, check_backbone
 from networks.fusion import FUSIONS, conv_norm_relu
 from pairs.labels import MAX_CLASSES
-from runtime.checkpoint import find_model, read_checkpoint, restore, short
+from runtime.checkpoint import read_checkpoint, restore, short
 from runtime.errors import UserError
+from runtime.options import find_model
 
 __all__ = [
     "ENCODERS",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pairs.labels import MIN_PIXELS
-from runtime.config import REQUIRED, option, shared
+from runtime.config import REQUIRED, option
+from runtime.options import find_model, shared
 from runtime.start import start
 
 
@@ -89,7 +90,7 @@ class Config:
 
 
 if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
-    GIVEN = start(Config, description=__doc__)
+    GIVEN = start(Config, description=__doc__, check=lambda given: find_model(given.checkpoint))
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ from metrics import change_probability
 from model import restore_model
 from networks.sliding_window import Image, predict_bands, predict_logits
 from pairs.bands import Reading
-from runtime.checkpoint import find_model, read_checkpoint
+from runtime.checkpoint import read_checkpoint
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError

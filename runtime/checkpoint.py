@@ -16,7 +16,6 @@ import platform
 import reprlib
 import shutil
 from collections.abc import Callable, Mapping, ValuesView
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ from runtime.files import file_size_limit, read_torch_file, whole_file
 FORMAT = 1
 MOMENTS, RATES = ("exp_avg", "exp_avg_sq"), ("lr", "initial_lr")  # in the states of AdamW
 REQUIRED = {"format": int, "model": dict, "model_kwargs": dict, "config": dict, "data": dict}
-RUNS = Path(__file__).parents[1] / "runs"
-MODELS = ("best.pt", "last.pt")  # of a run, the better one first
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
@@ -125,50 +122,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 "was not written by this program"
             )
     return state
-
-
-def find_model(word: str | Path, runs: Path = RUNS) -> Path:
-    """Return the checkpoint that a word names.
-
-    Args:
-        word: a run's folder, its name under `runs`, or the path of a checkpoint. Of a run it is
-            best.pt, else last.pt.
-        runs: the folder of the runs.
-
-    Raises:
-        UserError: there is no such run or checkpoint; the newest runs are named.
-    """
-    path = Path(word)
-    if not path.exists() and (runs / word).is_dir():
-        path = runs / word
-    if path.is_dir():
-        found = [path / name for name in MODELS if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds no best.pt or last.pt{newest_runs(runs)}")
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"{word}: no such run or checkpoint{newest_runs(runs)}")
-    return path
-
-
-def newest_runs(runs: Path) -> str:
-    """Return what to add to an error: "; the newest runs are runs/b, runs/a", or nothing."""
-    times = {}
-    with suppress(OSError):
-        for folder in runs.glob("[!.]*"):
-            written = [written_at(folder / name) for name in MODELS]
-            if max(written):
-                times[folder] = max(written)
-    newest = sorted(times, key=lambda folder: times[folder], reverse=True)[:5]
-    return f"; the newest are {', '.join(map(str, newest))}" if newest else ""
-
-
-def written_at(path: Path) -> float:
-    """Return when a file was written, 0 where there is none or it cannot be looked at."""
-    try:
-        return path.stat().st_mtime if path.is_file() else 0
-    except OSError:
-        return 0
 
 
 def _is_count(value: object) -> bool:

@@ -33,51 +33,6 @@ ConfigT = TypeVar("ConfigT")
 REQUIRED: Any = dataclasses.MISSING  # as the default of a positional that must be given
 FREE = ("machine", "run")  # groups that say how a run goes, not what it learns: they may change
 
-# Options that several scripts have; `shared` declares them
-SHARED: dict[str, dict[str, Any]] = {
-    "folders": {
-        "default": None,
-        "help": "names of the folders where they are others: A=2018,B=2020,label=masks",
-        "may_change": True,
-    },
-    "pairs": {
-        "default": None,
-        "help": "CSV file that names the files of each pair: split,before,after,label",
-        "may_change": True,
-    },
-    "skip_broken": {
-        "default": False,
-        "help": "leave out pairs that lack a file, cannot be read or have strange labels",
-        "may_change": True,
-    },
-    "cache_gb": {
-        "default": 100.0,
-        "help": "GB that all caches of decoded pairs may take on the disk",
-        "above": 0,
-    },
-    "device": {
-        "default": "auto",
-        "help": "device: auto, cpu, cuda, cuda:1 or mps",
-        "form": (r"auto|(cpu|cuda|mps)(:\d+)?", "auto, cpu, cuda, cuda:1 or mps"),
-    },
-    "amp": {
-        "default": "auto",
-        "help": "precision of the model; auto takes bf16 where it pays",
-        "choices": ("auto", "off", "bf16", "fp16"),
-    },
-    "cache": {
-        "default": "auto",
-        "help": "where decoded pairs are kept; auto: where there is room",
-        "choices": ("auto", "ram", "disk", "none"),
-    },
-    "workers": {
-        "default": None,
-        "help": "loader processes of each process; else by the number of cores",
-        "short": "-j",
-        "at_least": 0,
-        "at_most": 1024,
-    },
-}
 # What people type for what is called otherwise here; shown where the script has the option
 OTHER_NAMES = {
     "--gpu": "--device cuda:0",
@@ -150,11 +105,6 @@ def option(
     return dataclasses.field(default=rule.pop("default"), metadata=rule)
 
 
-def shared(name: str, *, group: str | None = None) -> Any:
-    """Declare a field that several scripts have, from `SHARED`."""
-    return option(**SHARED[name], group=group)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Option:
     """A field of a config, its type without None, and the group that it stands in."""
@@ -185,7 +135,7 @@ def parse(
     *,
     description: str | None = None,
     answers: Mapping[str, tuple[str, Callable[[], str]]] | None = None,
-    check: Callable[[Any], None] = lambda _: None,
+    check: Callable[[Any], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Read the flags that a command line gives, exiting with code 2 on a bad one.
 

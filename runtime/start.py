@@ -29,7 +29,7 @@ def start(
     *,
     description: str | None,
     answers: Mapping[str, tuple[str, Callable[[], str]]] | None = None,
-    check: Callable[[Any], None] = lambda _: None,
+    check: Callable[[Any], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Prepare the process and read its command line, see `config.parse`; call it once.
 

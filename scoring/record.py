@@ -23,9 +23,10 @@ import torch
 from matplotlib.figure import Figure
 
 from metrics import change_scores
-from runtime.checkpoint import digest_of, written_at
+from runtime.checkpoint import digest_of
 from runtime.errors import UserError
 from runtime.files import read_json
+from runtime.options import written_at
 from runtime.tracking import Tracker
 from scoring.counts import ImageCounts
 from scoring.evaluation import ProtocolResult

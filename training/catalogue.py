@@ -12,6 +12,7 @@ from typing import Any
 
 from pairs.layouts import find_pairs, read_folders
 from runtime.errors import UserError
+from runtime.options import newest_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 256  # pixels of an image that is counted for
@@ -95,9 +96,7 @@ def check_resume(resume: str, runs: Path) -> None:
     """Raise UserError for a run that there is not, with those that there are."""
     if resume == "auto" or Path(resume).exists() or (runs / resume).exists():
         return
-    newest = sorted(runs.glob("[!.]*/last.pt"), key=lambda path: -path.stat().st_mtime)[:5]
-    known = f"; the newest are {', '.join(str(path.parent) for path in newest)}" if newest else ""
-    raise UserError(f"--resume {resume}: no such run or checkpoint{known}")
+    raise UserError(f"--resume {resume}: no such run or checkpoint{newest_runs(runs)}")
 
 
 def check_words(backbone: str, fusion: str, loss: str, class_weights: str, task: str) -> None:

@@ -15,9 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import newest_runs, previous_of, read_checkpoint, written_at
+from runtime.checkpoint import previous_of, read_checkpoint
 from runtime.errors import UserError
 from runtime.files import is_there, locked, read_json, write_json
+from runtime.options import newest_runs, written_at
 
 OPTIONS = "config.json"
 PATIENCE = 15  # seconds: a killed process holds its lock until its workers have noticed

@@ -11,8 +11,9 @@ import torch
 
 from model import SiameseUNet, build_model, load_model
 from runtime import checkpoint
-from runtime.checkpoint import find_model, previous_of, read_checkpoint, restore, save_checkpoint
+from runtime.checkpoint import previous_of, read_checkpoint, restore, save_checkpoint
 from runtime.errors import UserError
+from runtime.options import find_model
 
 KWARGS = {"backbone": "resnet18", "num_classes": 1, "freeze_backbone": True}
 

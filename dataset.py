@@ -87,10 +87,14 @@ class ChangeDataset(Dataset[Sample]):
 
     def _window(self, number: int, top: int, left: int) -> Sample:
         channels = self.source.read(number, top, left, self.crop_size)
+        images, masks = channels[:6], channels[6:]
         height, width = channels.shape[-2:]
-        right, bottom = self.crop_size - width, self.crop_size - height
-        images = F.pad(channels[:6], (0, right, 0, bottom))
-        masks = F.pad(channels[6:], (0, right, 0, bottom), value=IGNORE)
+        if (height, width) != (self.crop_size, self.crop_size):
+            right, bottom = self.crop_size - width, self.crop_size - height
+            images = F.pad(images, (0, right, 0, bottom))
+            masks = F.pad(masks, (0, right, 0, bottom), value=IGNORE)
+        elif self.augment is None:  # which copies, else the sample would be a view of the source
+            images, masks = images.clone(), masks.clone()
         return images[:3], images[3:], masks if len(masks) > 1 else masks[0]
 
 

@@ -43,29 +43,66 @@ class Augment:
         if self.swap and rng.random() < 0.5:
             before, after = after, before
             mask = mask.flip(0) if mask.ndim == 3 else mask
-
-        def place(x: Tensor) -> Tensor:
-            return torch.rot90(x.flip(-1) if flipped else x, turns, (-2, -1)).contiguous()
-
-        return self._jitter(place(before), rng), self._jitter(place(after), rng), place(mask)
+        before, after, mask = (_placed(x, turns, flipped=flipped) for x in (before, after, mask))
+        return self._jitter(before, rng), self._jitter(after, rng), mask
 
     def _jitter(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Change the colours of one date, in a random order as torchvision's ColorJitter does.
 
-        In float32, which is 1.6 times faster than uint8 (256 x 256, one core).
+        In float32 and in place, with the same bytes as torchvision's functions in half their time.
         """
         steps = (
-            (F.adjust_brightness, self.brightness, 1.0),
-            (F.adjust_contrast, self.contrast, 1.0),
-            (F.adjust_saturation, self.saturation, 1.0),
+            (_brighten_, self.brightness, 1.0),
+            (_contrast_, self.contrast, 1.0),
+            (_saturate_, self.saturation, 1.0),
             (F.adjust_hue, self.hue, 0.0),
         )
         if not any(reach for _, reach, _ in steps):
             return image
-        image = image.float() / 255
+        image = image.float().div_(255)
         for number in rng.permutation(len(steps)):
             adjust, reach, neutral = steps[number]
             value = neutral + reach * (2 * rng.random() - 1)
             if reach:
                 image = adjust(image, value)
-        return (image * 255).round_().to(torch.uint8)
+        values = image.mul_(255).numpy()
+        # numpy: torch takes five times as long to make bytes of floats
+        return torch.from_numpy(np.rint(values, out=values).astype(np.uint8))
+
+
+def _placed(x: Tensor, turns: int, *, flipped: bool) -> Tensor:
+    """Return a copy of (..., H, W), flipped left to right, then turned by 90 degrees `turns` times.
+
+    Turns by 90 and 270 degrees are transpositions: torch has a fast way for two dimensions alone.
+    """
+    is_turned = turns % 2 == 1
+    flips = {-2 if is_turned else -1} if flipped else set()
+    flips ^= ({-2}, {-2, -1}, {-1})[turns - 1] if turns else set()
+    if is_turned:
+        height, width = x.shape[-2:]
+        turned = x.new_empty((*x.shape[:-2], width, height))
+        sources, targets = x.contiguous().view(-1, height, width), turned.view(-1, width, height)
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source.t())
+        return turned.flip(*flips) if flips else turned
+    return x.flip(*flips) if flips else x.clone()
+
+
+def _brighten_(image: Tensor, factor: float) -> Tensor:
+    image.mul_(factor)
+    return image.clamp_(max=1) if factor > 1 else image
+
+
+def _contrast_(image: Tensor, factor: float) -> Tensor:
+    mean = F.rgb_to_grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
+    return _blend_(image, mean, factor)
+
+
+def _saturate_(image: Tensor, factor: float) -> Tensor:
+    return _blend_(image, F.rgb_to_grayscale(image), factor)
+
+
+def _blend_(image: Tensor, other: Tensor, share: float) -> Tensor:
+    """Mix two images in place; what lies between them needs no bounds."""
+    image.mul_(share).add_(other, alpha=1 - share)
+    return image.clamp_(0, 1) if share > 1 else image

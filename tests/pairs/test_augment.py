@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from pairs.augment import Augment
 from pairs.images import IGNORE
@@ -64,6 +65,48 @@ def test_each_knob_has_an_effect(knob: str) -> None:
     off = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
     augment = Augment(flip=False, turn=False, swap=False, **{**off, knob: 0.4})
     assert not torch.equal(augmented(augment, 0, given)[0], given[0])
+
+
+def with_torchvision(augment: Augment, seed: int, given: Triple) -> Triple:
+    """What `Augment` does, by torchvision's functions."""
+    rng = np.random.default_rng(seed)
+    flipped, turns, swapped = rng.random() < 0.5, int(rng.integers(4)), rng.random() < 0.5
+
+    def place(x: Tensor) -> Tensor:
+        return torch.rot90(x.flip(-1) if flipped else x, turns, (-2, -1))
+
+    def jitter(image: Tensor) -> Tensor:
+        image = image.float() / 255
+        steps = (
+            (F.adjust_brightness, augment.brightness),
+            (F.adjust_contrast, augment.contrast),
+            (F.adjust_saturation, augment.saturation),
+            (F.adjust_hue, augment.hue),
+        )
+        for number in rng.permutation(4):
+            adjust, reach = steps[number]
+            value = (adjust is not F.adjust_hue) + reach * (2 * rng.random() - 1)
+            image = adjust(image, value) if reach else image
+        return (image * 255).round_().to(torch.uint8)
+
+    before, after, mask = given
+    first, second = (after, before) if swapped else (before, after)
+    return jitter(place(first)), jitter(place(second)), place(mask)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 7), (17, 33), (130, 61)])
+@pytest.mark.parametrize("hue", [0, 0.1])
+def test_every_byte_is_that_of_torchvision(size: tuple[int, int], hue: float) -> None:
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        high = 256 if seed % 4 else 1  # and all white
+        pixels = 255 - rng.integers(0, high, (7, *size), dtype=np.uint8)
+        before, after, mask = torch.from_numpy(pixels).split((3, 3, 1))
+        augment = Augment(hue=hue, brightness=0.5 if seed % 2 else 0.2)
+        expected = with_torchvision(augment, seed, (before, after, mask))
+        found = augmented(augment, seed, (before, after, mask))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
+        assert all(part.is_contiguous() for part in found)
 
 
 def test_chance_comes_from_the_generator_alone() -> None:

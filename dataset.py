@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pairs.augment import Augment
+from pairs.bands import AS_STORED, Reading
 from pairs.images import IGNORE, read_label
 from pairs.labels import choose_classes, choose_mask_coding, label_values
 from pairs.layouts import find_pairs
+from pairs.scale import choose_scale
 from pairs.sources import FileSource, Source
 from runtime.distributed import share, world_size
 from runtime.errors import DataFault, UserError
@@ -286,6 +288,7 @@ def open_dataset(
     num_classes: int | None = None,
     crop_size: int = 256,
     mask_values: Sequence[int] | None = None,
+    reading: Reading = AS_STORED,
 ) -> ChangeDataset:
     """Open one split for looking and scoring, as a notebook wants it.
 
@@ -296,6 +299,7 @@ def open_dataset(
         num_classes: 1 for binary; None as `choose_classes` has it.
         crop_size: side of a patch.
         mask_values: the value of class 0, 1, ...; told from the labels when None.
+        reading: how images become RGB bytes; a scale that they need is chosen from the split.
 
     Raises:
         UserError: as `find_pairs`, `choose_classes` and `choose_mask_coding`.
@@ -313,4 +317,7 @@ def open_dataset(
         for path in (path for pair in pairs for path in pair.labels):
             values |= label_values(read_label(path, classes.colors), path)
     encoding = choose_mask_coding(values, classes)
-    return ChangeDataset(FileSource(pairs, encoding), crop_size=crop_size)
+    images = [path for pair in pairs for path in (pair.before, pair.after)]
+    reading, lines = choose_scale(images, reading, f"the {split} split")
+    print(*lines, sep="\n", end="\n" if lines else "")
+    return ChangeDataset(FileSource(pairs, encoding, reading), crop_size=crop_size)

@@ -50,6 +50,16 @@ class Config:
     pairs: str | None = shared("pairs")
     skip_broken: bool = shared("skip_broken")
 
+    bands: tuple[int, ...] | None = option(
+        None, "red, green and blue of the images, counted from 1; else as in training"
+    )
+    scale: tuple[float, ...] | None = option(
+        None, "values that become 0 and 255; else as in training"
+    )
+    alpha: int | None = option(
+        None, "band that is 0 where there is no data; else as in training", above=0
+    )
+
     protocols: str = option(
         "patches,whole,sliding",
         "patches, whole (image), sliding (windows)",
@@ -92,10 +102,12 @@ if __name__ == "__main__":  # the imports below take seconds; a wrong word is an
     )
 
 from model import restore_model
+from pairs.bands import Reading
 from pairs.cache import open_splits
 from pairs.check import show
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
+from pairs.scale import choose_scale
 from pairs.sources import Source
 from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
 from runtime.checkpoint import digest_of, read_checkpoint
@@ -149,7 +161,7 @@ def evaluate(given: dict[str, Any]) -> Report:
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
     with in_turn():
-        data = open_data(config, first)
+        data = open_data(config, first, next(iter(checkpoints)))
     wanted = Path(config.output_dir) if config.output_dir else None
     from_rank_0(lambda: check_writable(wanted or next(iter(checkpoints)).parent))
     print(
@@ -239,6 +251,12 @@ def read_checkpoints(given: Sequence[str]) -> dict[Path, dict[str, Any]]:
     for path, kind in kinds.items():
         if kind != kinds[first]:
             raise UserError(f"{path}: its classes are not those of {first}; evaluate them apart")
+    readings = {path: Reading.saved(state["data"], path) for path, state in states.items()}
+    for path, reading in readings.items():
+        if reading != readings[first]:
+            raise UserError(
+                f"{path}: it reads other bands or another scale than {first}; evaluate them apart"
+            )
     return states
 
 
@@ -272,7 +290,7 @@ class Data:
     is_all: bool  # whether the split is all pairs of a set that has no splits
 
 
-def open_data(config: Config, state: Mapping[str, Any]) -> Data:
+def open_data(config: Config, state: Mapping[str, Any], path: Path) -> Data:
     """Check the dataset, and open the split, and val if there is one.
 
     Raises:
@@ -300,10 +318,18 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         num_classes=num_classes,
         mask_values=config.mask_values or tuple(saved.get("mask_values") or ()) or None,
     )
+    reading, lines = choose_scale(
+        [path for pair in layout.splits[config.split] for path in (pair.before, pair.after)],
+        Reading.asked(config.bands, config.scale, config.alpha).over(
+            Reading.saved(state["data"], path)
+        ),
+        f"the {config.split} split",
+    )
     checked, sources = open_splits(
         layout,
         classes,
         sorted({config.split, "val"} & set(layout.splits)),
+        reading=reading,
         cache=config.cache,
         folder=ROOT / "data" / "cache",
         max_gb=config.cache_gb,
@@ -311,6 +337,7 @@ def open_data(config: Config, state: Mapping[str, Any]) -> Data:
         skip_broken=skip_broken,
     )
     show(checked)
+    print(*lines, sep="\n", end="\n" if lines else "")
     return Data(
         SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
         layout.root.name,

@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from model import restore_model
+from pairs.bands import Reading
 from pairs.images import read_image
 from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError, run_script
@@ -126,7 +127,9 @@ def export(given: dict[str, Any]) -> dict[str, float]:
         raise UserError(f"{there[0]}: is there already; --overwrite, or another --output-dir")
     if len(config.pairs) % 2:
         raise UserError(f"{config.pairs[-1]}: has no partner; give before, after, before, ...")
-    real = [_read_pair(*config.pairs[i : i + 2]) for i in range(0, len(config.pairs), 2)]
+    reading = Reading.saved(state["data"], path)
+    paths = list(map(Path, config.pairs))
+    real = [_read_pair(paths[i], paths[i + 1], reading) for i in range(0, len(paths), 2)]
     with whole_folder(out) as folder:
         print("tracing the model: seconds for most, minutes for a Swin", flush=True)
         program, onnx = trace(model, config.input)
@@ -268,9 +271,9 @@ def convert(image: Tensor, kind: str) -> Tensor:
     return image if kind == "uint8" else image.float() / 255
 
 
-def _read_pair(before: str, after: str) -> tuple[Tensor, Tensor]:
+def _read_pair(before: Path, after: Path, reading: Reading) -> tuple[Tensor, Tensor]:
     first, second = (
-        torch.from_numpy(read_image(Path(p)).transpose(2, 0, 1).copy())[None]
+        torch.from_numpy(read_image(p, reading).transpose(2, 0, 1).copy())[None]
         for p in (before, after)
     )
     if first.shape != second.shape:

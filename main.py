@@ -50,6 +50,19 @@ class Config:
     folders: tuple[str, ...] | None = shared("folders")
     pairs: str | None = shared("pairs")
     skip_broken: bool = shared("skip_broken")
+    bands: tuple[int, ...] | None = option(
+        None, "red, green and blue of the images, counted from 1: 4,3,2; or one; else by the files"
+    )
+    scale: tuple[float, ...] | None = option(
+        None,
+        "values that become 0 and 255; else 8 bits as they are, more by percentiles of the "
+        "training split",
+    )
+    alpha: int | None = option(
+        None,
+        "band that is 0 where there is no data; else, without --bands, the one the files call so",
+        above=0,
+    )
     crop_size: int = option(
         256, "side of a training crop in pixels", above=0, at_most=8192, multiple_of=32
     )
@@ -122,6 +135,7 @@ from losses import build_loss
 from model import build_model
 from networks.encoders import TIMM
 from networks.weights import load_weights
+from pairs.bands import Reading
 from pairs.download import fetch_dataset
 from pairs.labels import choose_classes
 from pairs.layouts import find_pairs
@@ -261,10 +275,14 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
         mask_values=config.mask_values,
     )
     run.config = config = replace(config, num_classes=classes.num_classes)
+    reading = Reading.asked(config.bands, config.scale, config.alpha)
+    if run.state:  # a scale that was chosen stays
+        reading = reading.over(Reading.saved(run.state["data"], run.folder))
     with in_turn():
         return open_data(
             layout,
             classes,
+            reading=reading,
             cache=config.cache,
             cache_dir=ROOT / "data" / "cache",
             cache_gb=config.cache_gb,

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pairs.bands import AS_STORED, Reading
 from pairs.check import DataSummary, Keep, check
 from pairs.images import Bytes, read_size
 from pairs.labels import Classes, MaskCoding
@@ -41,6 +42,7 @@ from pairs.sources import (
     FileSource,
     Source,
     encode_labels,
+    holes_in,
     offsets_of,
     stack_files,
 )
@@ -82,6 +84,7 @@ class _Build:
         self.fault: OSError | None = None
         self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
         self._sums = len(self.pairs) * [0]
+        self._holes: dict[int, Bytes] = {}  # by number, eight pixels a byte
         self._lock = threading.Lock()
         self._memory = torch.empty(0 if folder else self.offsets[-1], dtype=torch.uint8)
         self._path: Path | None = None
@@ -96,6 +99,8 @@ class _Build:
         if channels.shape[1:] != self.sizes[number]:
             raise UserError(f"{pair.label}: {channels.shape[1:]} is not {self.sizes[number]}")
         self._sums[number] = zlib.crc32(channels[:6].data)
+        if (holes := holes_in(arrays)) is not None:
+            self._holes[number] = np.packbits(holes)
         try:
             self._write(self.offsets[number], channels)
         except OSError as error:
@@ -113,7 +118,11 @@ class _Build:
             height, width = self.sizes[number]
             start, end = self.offsets[number] + 6 * height * width, self.offsets[number + 1]
             raw = self._read(start, end).reshape(-1, height, width)
-            classes = encode_labels(pair, raw, files.encoding)
+            holes = None
+            if number in self._holes:
+                bits = np.unpackbits(self._holes[number], count=height * width)
+                holes = bits.reshape(height, width).astype(bool)
+            classes = encode_labels(pair, raw, files.encoding, holes)
             self._write(start, classes)
             self._sums[number] = zlib.crc32(classes.data, self._sums[number])
         if self._path is None:
@@ -159,9 +168,11 @@ class _Store:
         cache: see `open_source`.
         folder: of the caches.
         max_gb: of all caches in it.
+        reading: how images become RGB bytes.
     """
 
-    def __init__(self, cache: str, folder: Path, max_gb: float) -> None:
+    def __init__(self, cache: str, folder: Path, max_gb: float, reading: Reading) -> None:
+        self.reading = reading
         self.cache, self.folder, self.max_bytes = cache, folder, max_gb * 1e9
         self._held = ExitStack()
         self._is_locked = False
@@ -194,7 +205,7 @@ class _Store:
         """
         if self.cache == "none":
             return None
-        name = _name(pairs, stamps)
+        name = _name(pairs, stamps, self.reading)
         may_be_there = self.cache != "ram" and on_disk and not is_lost
         if may_be_there and self._has(name):
             return None
@@ -221,7 +232,7 @@ class _Store:
 
     def open(self, files: FileSource, build: _Build | None) -> Source:
         """Return the pairs: out of their cache, the one that was filled, or one filled now."""
-        on_disk, name = True, _name(files.pairs, files.stamps)
+        on_disk, name = True, _name(files.pairs, files.stamps, self.reading)
         if self.cache == "none" or name in self._refused:
             return files
         if build is None and self.cache != "ram":
@@ -304,6 +315,7 @@ class _Store:
 def open_source(
     pairs: Sequence[Pair],
     encoding: MaskCoding,
+    reading: Reading = AS_STORED,
     *,
     cache: str = "none",
     folder: Path,
@@ -314,6 +326,7 @@ def open_source(
     Args:
         pairs: the files.
         encoding: of the labels.
+        reading: how images become RGB bytes.
         cache: "disk": a file in `folder`. "ram": memory, anew at each start. "none": decode again
             and again. "auto": the first of these for which there is room.
         folder: of the caches.
@@ -322,8 +335,8 @@ def open_source(
     Raises:
         UserError: a file cannot be decoded, or there is no room for the cache that was asked for.
     """
-    files = FileSource(pairs, encoding)
-    with _Store(cache, folder, max_gb) as store:
+    files = FileSource(pairs, encoding, reading)
+    with _Store(cache, folder, max_gb, reading) as store:
         build = store.begin(files.pairs, files.stamps, sizes=files.sizes)
         if build is not None:
             _decode_all(files, build)
@@ -335,6 +348,7 @@ def open_splits(
     classes: Classes,
     splits: Sequence[str],
     *,
+    reading: Reading = AS_STORED,
     cache: str = "none",
     folder: Path,
     max_gb: float = MAX_GB,
@@ -347,6 +361,7 @@ def open_splits(
         layout: the pairs of all splits: all are checked.
         classes: what is known of the labels' classes.
         splits: which to open.
+        reading: how images become RGB bytes.
         cache: see `open_source`.
         folder: of the caches, and of what is known of files from earlier starts.
         max_gb: of all caches in the folder.
@@ -357,7 +372,7 @@ def open_splits(
         UserError: as `check` and `open_source`.
     """
     builds: dict[str, _Build | None] = {}
-    with _Store(cache, folder, max_gb) as store:
+    with _Store(cache, folder, max_gb, reading) as store:
 
         def begin(stamps: Mapping[Path, Stamp]) -> dict[str, Keep]:
             for split in splits:
@@ -367,13 +382,20 @@ def open_splits(
             return {split: build.put for split, build in builds.items() if build}
 
         checked = check(
-            layout, classes, crop_size=crop_size, memo=folder, begin=begin, skip_broken=skip_broken
+            layout,
+            classes,
+            reading=reading,
+            crop_size=crop_size,
+            memo=folder,
+            begin=begin,
+            skip_broken=skip_broken,
         )
         sources = {
             split: store.open(
                 FileSource(
                     checked.layout.splits[split],
                     checked.encoding,
+                    reading,
                     stamps=checked.stamps,
                     sizes=checked.sizes,
                 ),
@@ -403,10 +425,10 @@ def _decode_all(files: FileSource, build: _Build) -> None:
             raise
 
 
-def _name(pairs: Sequence[Pair], stamps: Mapping[Path, Stamp]) -> str:
+def _name(pairs: Sequence[Pair], stamps: Mapping[Path, Stamp], reading: Reading) -> str:
     """Return the name of the cache of these files as they are now, without <classes>."""
     paths = [path for pair in pairs for path in pair.files]
-    identity = [str(path.absolute()) for path in paths]
+    identity = [repr(reading), *(str(path.absolute()) for path in paths)]
     return f"{_hash(identity)}-{_hash([stamps[path] for path in paths])}"
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pairs.images import Bytes, is_lossy, read_image, read_label
+from pairs.bands import AS_STORED, Reading
+from pairs.images import Bytes, Pixels, is_lossy, read_label, read_pixels
 from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
 from pairs.memo import Memo, Stamp, stamp_of
 from pairs.splits import Layout, Pair, listing
 from runtime.errors import UserError, visible
 
-# Takes a decoded pair: images (H, W, 3), and labels (H, W) as their files write them
+# Takes a decoded pair: images (H, W, 3 or 4), see `Pixels.stacked`, and labels (H, W) as their
+# files write them
 Keep = Callable[[Pair, Sequence[Bytes]], None]
 
 
@@ -38,6 +40,8 @@ class FileRecord:
         uniform: of a label, the number of grid patches that hold one value alone, by value.
         outline: of a label, the digest of where it holds the value of class 0.
         is_lossy: of a label, whether it carries JPEG's noise.
+        bands: of an image, those in use.
+        remarks: of an image, what is odd about it.
         fault: why it cannot be used.
     """
 
@@ -47,6 +51,8 @@ class FileRecord:
     uniform: dict[int, int] = field(default_factory=dict)
     outline: str = ""
     is_lossy: bool = False
+    bands: str = ""
+    remarks: tuple[str, ...] = ()
     fault: str = ""
 
 
@@ -81,6 +87,8 @@ class DataSummary:
         splits: numbers by split.
         warnings: what is odd but may be meant.
         fingerprint: of names and pixels; tells on resuming whether the data is the same.
+        reading: how images become RGB bytes.
+        bands: those of the images that are in use, in words.
         skipped: why pairs were left out, one line a fault.
         stamps: of every file, as it was when it was read.
         sizes: (height, width) of every pair.
@@ -91,6 +99,8 @@ class DataSummary:
     splits: dict[str, SplitSummary]
     warnings: tuple[str, ...] = ()
     fingerprint: str = ""
+    reading: Reading = AS_STORED
+    bands: str = ""
     skipped: tuple[str, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
     sizes: Mapping[Pair, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
@@ -112,6 +122,7 @@ def check(
     layout: Layout,
     classes: Classes,
     *,
+    reading: Reading = AS_STORED,
     crop_size: int = 256,
     memo: Path | None = None,
     begin: Callable[[Mapping[Path, Stamp]], Mapping[str, Keep]] | None = None,
@@ -122,6 +133,7 @@ def check(
     Args:
         layout: the pairs.
         classes: what is known of the labels' classes.
+        reading: how images become RGB bytes.
         crop_size: side of the patches that are counted.
         memo: a folder to remember results in; not writable is no fault.
         begin: takes the stamps of all files that are there, and returns by split what takes each of
@@ -132,7 +144,7 @@ def check(
         UserError: lists every fault: unreadable files, sizes that differ within a pair, label
             values that are no class.
     """
-    reader = _Reader(classes, crop_size, Memo(memo, layout.root))
+    reader = _Reader(classes, reading, crop_size, Memo(memo, layout.root))
     records = reader.read(layout, begin)
     faults = {
         pair: found
@@ -162,6 +174,8 @@ def check(
         splits,
         warnings=tuple(_warnings(layout, splits, records, encoding)),
         fingerprint=_fingerprint(layout, records),
+        reading=reading,
+        bands=_bands_in_use(records[path].bands for path in _images(layout)),
         skipped=(*layout.skipped, *lines),
         stamps=reader.stamps,
         sizes={pair: records[pair.label].size for s in layout.splits.values() for pair in s},
@@ -172,6 +186,7 @@ def show(summary: DataSummary) -> None:
     """Print what there is, and what is odd about it."""
     layout = summary.layout
     print(f"data    {layout.root} ({layout.description})\n{summary.table()}")
+    print(f"bands   {summary.bands}")
     notes = [*layout.notes, *summary.warnings]
     if summary.skipped:
         notes.append(listing(f"{len(summary.skipped)} faults, pairs left out", summary.skipped))
@@ -182,8 +197,9 @@ def show(summary: DataSummary) -> None:
 class _Reader:
     """Reads files that are not in the memo, in threads: Pillow decodes without the GIL."""
 
-    def __init__(self, classes: Classes, crop_size: int, memo: Memo) -> None:
+    def __init__(self, classes: Classes, reading: Reading, crop_size: int, memo: Memo) -> None:
         self.classes, self.crop_size, self.memo = classes, crop_size, memo
+        self.reading, self.image_kind = reading, f"image {reading}"
         self.jpeg_coding = MaskCoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
         self.first_value = classes.values[0] if classes.values else 0
         self.label_kind = (
@@ -246,8 +262,8 @@ class _Reader:
         found, arrays = {}, []
         for path in paths:
             try:
-                array = self._decode(pair, path)
-                record = self._inspect(pair, path, array) if path in new else None
+                array, image = self._decode(pair, path)
+                record = self._inspect(path, array, image) if path in new else None
                 if stamp_of(path) != self.stamps[path]:
                     raise UserError(f"{path}: changed while it was read; start again")
                 arrays.append(array)
@@ -261,14 +277,18 @@ class _Reader:
         return found
 
     def _kind(self, pair: Pair, path: Path) -> str:
-        return self.label_kind if path in pair.labels else "image"
+        return self.label_kind if path in pair.labels else self.image_kind
 
-    def _decode(self, pair: Pair, path: Path) -> Bytes:
-        return read_label(path, self.classes.colors) if path in pair.labels else read_image(path)
+    def _decode(self, pair: Pair, path: Path) -> tuple[Bytes, Pixels | None]:
+        if path in pair.labels:
+            return read_label(path, self.classes.colors), None
+        image = read_pixels(path, self.reading)
+        return image.stacked(), image
 
-    def _inspect(self, pair: Pair, path: Path, array: Bytes) -> FileRecord:
-        if path not in pair.labels:
-            return FileRecord(array.shape[:2], _digest(array))
+    def _inspect(self, path: Path, array: Bytes, image: Pixels | None) -> FileRecord:
+        if image is not None:
+            said = {"bands": image.bands, "remarks": image.remarks}
+            return FileRecord(array.shape[:2], _digest(array), **said)  # type: ignore[arg-type]
         label_values(array, path)
         lossy = is_lossy(path)
         if lossy:
@@ -290,7 +310,7 @@ def _from_json(record: dict) -> FileRecord:
         for name in ("pixels", "uniform")
     )
     height, width = record["size"]
-    rest = record["outline"], record["is_lossy"]
+    rest = record["outline"], record["is_lossy"], record["bands"], tuple(record["remarks"])
     return FileRecord((height, width), record["digest"], pixels, uniform, *rest)
 
 
@@ -383,7 +403,22 @@ def _warnings(
             f"{len(disagreeing)} pairs have labels that disagree on where anything changed; such "
             f"pixels are ignored ({disagreeing[0].label}, ...)"
         )
+    if odd := [remark for path in _images(layout) for remark in records[path].remarks]:
+        yield f"{odd[0]}{f' ({len(odd)} such remarks)' if len(odd) > 1 else ''}"
     yield from _twins(layout, records)
+
+
+def _images(layout: Layout) -> list[Path]:
+    pairs = [pair for split in layout.splits.values() for pair in split]
+    return [path for pair in pairs for path in (pair.before, pair.after)]
+
+
+def _bands_in_use(bands: Iterable[str]) -> str:
+    """Return the bands of all images, the most frequent kind first."""
+    found = Counter(bands).most_common(5)
+    if len(found) == 1:
+        return found[0][0]
+    return "; ".join(f"{text}: {count} images" for text, count in found)
 
 
 def _fingerprint(layout: Layout, records: Mapping[Path, FileRecord]) -> str:

@@ -78,6 +78,12 @@ class Pixels:
     stretched: str = ""
     remarks: tuple[str, ...] = ()
 
+    def stacked(self) -> Bytes:
+        """Return (H, W, 3), or with holes (H, W, 4), the last being 0 where there is no data."""
+        if self.valid is None:
+            return self.rgb
+        return np.dstack([self.rgb, self.valid.astype(np.uint8) * 255])
+
 
 def read_size(path: Path) -> tuple[int, int]:
     """Return (height, width) from the header alone."""

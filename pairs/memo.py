@@ -19,7 +19,7 @@ from typing import Any
 from runtime.errors import UserError
 from runtime.files import whole_file
 
-VERSION = 1  # another one: files are read again
+VERSION = 2  # another one: files are read again
 MAX_KINDS = 4  # of results of one file
 UNUSED = 180 * 24 * 3600  # seconds after which the memo of a dataset goes
 # The times of files tick: two writes within one tick have the same time. Linux ticks every 10 ms

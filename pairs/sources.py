@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pairs.images import IGNORE, Bytes, read_image, read_label, read_size
+from pairs.bands import AS_STORED, Bools, Reading
+from pairs.images import IGNORE, Bytes, read_label, read_pixels, read_size
 from pairs.labels import MaskCoding
 from pairs.memo import Stamp, stamp_of
 from pairs.splits import Pair
@@ -67,6 +68,7 @@ class FileSource(Source):
     Args:
         pairs: the files.
         encoding: of the labels.
+        reading: how images become RGB bytes.
         stamps: of the files, if they were looked at before; they must not have changed since.
         sizes: of the pairs, if they are known.
         keep_bytes: how much each process keeps; the last pair always stays, so that sixteen patches
@@ -77,6 +79,7 @@ class FileSource(Source):
         self,
         pairs: Sequence[Pair],
         encoding: MaskCoding,
+        reading: Reading = AS_STORED,
         *,
         stamps: Mapping[Path, Stamp] | None = None,
         sizes: Mapping[Pair, tuple[int, int]] | None = None,
@@ -84,6 +87,7 @@ class FileSource(Source):
     ) -> None:
         self.pairs = tuple(pairs)
         self.encoding = encoding
+        self.reading = reading
         self.num_channels = 6 + len(self.pairs[0].labels)
         self.keep_bytes = keep_bytes
         stamps = stamps or {path: stamp_of(path) for pair in pairs for path in pair.files}
@@ -112,17 +116,19 @@ class FileSource(Source):
     def decode(self, number: int) -> Tensor:
         """Return a whole pair (P, H, W) and keep nothing."""
         pair = self.pairs[number]
-        channels = stack_files(pair, self.read_files(number))
+        arrays = self.read_files(number)
+        channels = stack_files(pair, arrays)
         if channels.shape[1:] != self.sizes[number]:
             raise UserError(f"{pair.label}: {channels.shape[1:]} is not {self.sizes[number]}")
-        channels[6:] = encode_labels(pair, channels[6:], self.encoding)
+        channels[6:] = encode_labels(pair, channels[6:], self.encoding, holes_in(arrays))
         return torch.from_numpy(channels)
 
     def read_files(self, number: int) -> list[Bytes]:
-        """Return images (H, W, 3) of a pair, and labels (H, W) as their files write them."""
+        """Return images (H, W, 3 or 4) of a pair, and labels (H, W) as their files write them."""
         pair = self.pairs[number]
         labels = [read_label(path, self.encoding.colors) for path in pair.labels]
-        return [read_image(pair.before), read_image(pair.after), *labels]
+        images = [read_pixels(path, self.reading) for path in (pair.before, pair.after)]
+        return [*(image.stacked() for image in images), *labels]
 
     def check_unchanged(self, number: int) -> None:
         """Raise UserError if a file of the pair is no longer what it was at the start."""
@@ -261,7 +267,10 @@ class Subset(Source):
 
 
 def stack_files(pair: Pair, arrays: Sequence[Bytes]) -> Bytes:
-    """Put the decoded files of a pair together: (P, H, W), labels as their files write them."""
+    """Put the decoded files of a pair together: (P, H, W), labels as their files write them.
+
+    Where a date has no data, both are black, as in prediction.
+    """
     size = arrays[2].shape
     channels = np.empty((4 + len(arrays), *size), np.uint8)
     for path, array, part in zip(
@@ -269,14 +278,24 @@ def stack_files(pair: Pair, arrays: Sequence[Bytes]) -> Bytes:
     ):
         if array.shape[:2] != size:
             raise UserError(f"{path}: {array.shape[:2]} does not match {pair.label}'s {size}")
-        part[:] = array.transpose(2, 0, 1) if array.ndim == 3 else array
+        part[:] = array[..., :3].transpose(2, 0, 1) if array.ndim == 3 else array
+    if (holes := holes_in(arrays)) is not None:
+        channels[:6, holes] = 0
     return channels
 
 
-def encode_labels(pair: Pair, labels: Bytes, encoding: MaskCoding) -> Bytes:
+def holes_in(arrays: Sequence[Bytes]) -> Bools | None:
+    """Return where a date of a pair has no data (H, W); None is nowhere."""
+    alphas = [array[..., 3] == 0 for array in arrays[:2] if array.shape[2] == 4]
+    return np.logical_or.reduce(alphas) if alphas else None
+
+
+def encode_labels(
+    pair: Pair, labels: Bytes, encoding: MaskCoding, holes: Bools | None = None
+) -> Bytes:
     """Return the classes (L, H, W) of labels as their files write them.
 
-    Where the labels of both dates disagree on whether anything changed, both are ignored.
+    Holes are ignored, and where the labels of both dates disagree on whether anything changed.
     """
     classes = np.stack(
         [encoding.decode(raw, path) for raw, path in zip(labels, pair.labels, strict=True)]
@@ -284,6 +303,8 @@ def encode_labels(pair: Pair, labels: Bytes, encoding: MaskCoding) -> Bytes:
     if pair.label_after is not None:
         before, after = classes
         classes[:, (before == 0) != (after == 0)] = IGNORE
+    if holes is not None:
+        classes[:, holes] = IGNORE
     return classes
 
 

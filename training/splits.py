@@ -10,9 +10,11 @@ from dataset import PATCH_SIZE, ChangeDataset, PairLoader, make_loader
 from losses import balanced_weights
 from metrics import Confusion, build_confusion
 from pairs.augment import Augment
+from pairs.bands import Reading
 from pairs.cache import open_splits
 from pairs.check import DataSummary, show
 from pairs.labels import Classes
+from pairs.scale import choose_scale
 from pairs.splits import Layout
 from pairs.synthetic.sample_set import is_sample
 from runtime.devices import pick_workers
@@ -56,6 +58,7 @@ class Data:
             "mask_values": list(encoding.values),
             "class_names": list(encoding.names),
             "class_colors": [list(color) for color in encoding.colors or ()],
+            **self.checked.reading.about(),
         }
 
     def confusion(self, device: torch.device) -> Confusion:
@@ -73,6 +76,7 @@ def open_data(
     layout: Layout,
     classes: Classes,
     *,
+    reading: Reading,
     cache: str,
     cache_dir: Path,
     cache_gb: float,
@@ -89,6 +93,7 @@ def open_data(
     Args:
         layout: the pairs of every split.
         classes: what is known of the labels' classes.
+        reading: how images become RGB bytes; a scale that they need is chosen from train.
         cache: see `cache.open_source`.
         cache_dir: where the caches are.
         cache_gb: what all of them may take.
@@ -103,10 +108,13 @@ def open_data(
     Raises:
         UserError: a fault in the data, all of them named.
     """
+    images = [path for pair in layout.splits["train"] for path in (pair.before, pair.after)]
+    reading, lines = choose_scale(images, reading, "the training split")
     checked, sources = open_splits(
         layout,
         classes,
         ("train", "val"),
+        reading=reading,
         cache=cache,
         folder=cache_dir,
         max_gb=cache_gb,
@@ -114,6 +122,7 @@ def open_data(
         skip_broken=skip_broken,
     )
     show(checked)
+    print(*lines, sep="\n", end="\n" if lines else "")
 
     def loader(split: str, crop_size: int, augment: Augment | None) -> PairLoader:
         return make_loader(

@@ -319,7 +319,7 @@ def test_the_rest_of_a_killed_build_goes_in_time_where_there_are_no_locks(
 def test_a_cold_start_decodes_each_file_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     for module in ("check", "sources"):
-        for name in ("read_image", "read_label"):
+        for name in ("read_pixels", "read_label"):
             reader = getattr(importlib.import_module(f"pairs.{module}"), name)
 
             def counted(path: Path, *rest: object, reader: Any = reader) -> Bytes:

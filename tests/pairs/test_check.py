@@ -162,7 +162,7 @@ def test_memo_reads_nothing_twice_and_notices_changes(
 
         return reader
 
-    for name in ("read_image", "read_label"):
+    for name in ("read_pixels", "read_label"):
         monkeypatch.setattr(data_check, name, spy(getattr(data_check, name)))
     data, memo = save_tree(tmp_path / "data", train=2, val=1), tmp_path / "new" / "memos"
     first = checked(data, memo=memo)

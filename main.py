@@ -276,8 +276,8 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
     )
     run.config = config = replace(config, num_classes=classes.num_classes)
     reading = Reading.asked(config.bands, config.scale, config.alpha)
-    if run.state:  # a scale that was chosen stays
-        reading = reading.over(Reading.saved(run.state["data"], run.folder))
+    if run.state and run.last:  # a scale that was chosen stays
+        reading = reading.over(Reading.saved(run.state["data"], run.last))
     with in_turn():
         return open_data(
             layout,

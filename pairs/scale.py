@@ -41,8 +41,14 @@ def choose_scale(paths: Sequence[Path], asked: Reading, whose: str) -> tuple[Rea
             "fits both; save all alike, or give --scale LOW,HIGH"
         )
     step = -(-len(paths) // MAX_FILES)
-    samples = [_thin(read_sample(path, asked)) for path in paths[::step]]
-    values = np.concatenate(samples, axis=None)
+    samples: dict[Path, np.ndarray] = {}
+    for path in paths[::step]:
+        try:
+            samples[path] = _thin(read_sample(path, asked))
+        except UserError:  # the check of the data names all that are broken
+            if path == paths[::step][-1] and not samples:
+                raise
+    values = np.concatenate(list(samples.values()), axis=None)
     if not values.size:
         raise UserError(f"{paths[0].parent}: the images have no data at all; give --scale LOW,HIGH")
     low, high = (float(f"{limit:.6g}") for limit in np.percentile(values, PERCENTILES))
@@ -52,9 +58,10 @@ def choose_scale(paths: Sequence[Path], asked: Reading, whose: str) -> tuple[Rea
         f"scale   {', '.join(sorted(found))}: {low:g} becomes 0, {high:g} becomes 255, the "
         f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of {whose}; --scale sets others"
     ]
-    warnings = [line for path, found in zip(paths[::step], samples, strict=True)
-                for band in found for line in filling(path, band)]  # fmt: skip
-    return replace(asked, scale=(low, high)), lines + [f"warning: {w}" for w in warnings[:1]]
+    odd = [
+        line for path, bands in samples.items() for band in bands for line in filling(path, band)
+    ]
+    return replace(asked, scale=(low, high)), [*lines, *(f"warning: {line}" for line in odd[:1])]
 
 
 def _depth(path: Path) -> str:

@@ -101,10 +101,10 @@ class TwoPasses(Encoder):
 
 
 class Unfolded(Encoder):
-    """The frozen encoder with its BatchNorms, in autocast's hands."""
+    """The frozen encoder as it is, in autocast's hands."""
 
-    def _fold(self, _dtype: torch.dtype) -> nn.Module:
-        return self.backbone
+    def _fast_copy(self, _image: Tensor, _dtype: torch.dtype) -> None:
+        return None
 
 
 class WithAutograd(Encoder):

@@ -10,7 +10,7 @@ arXiv:1905.11946, its Lite variant as Google published it; timm's networks.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 
@@ -53,10 +53,13 @@ class TimmStages(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Turn (N, 3, H, W) into the wanted maps."""
         maps = self.network(x)
-        return [
-            maps[i] if maps[i].shape[1] == self.channels[i] else maps[i].permute(0, 3, 1, 2)
-            for i in self.wanted
-        ]
+        return [channels_first(maps[i], self.channels[i]) for i in self.wanted]
+
+
+@fx.wrap  # a tracer of `fused.py` does not know shapes, and keeps the call
+def channels_first(x: Tensor, channels: int) -> Tensor:
+    """Return a map as (N, C, h, w) that may be (N, h, w, C)."""
+    return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
 
 
 class EfficientNetLite0(nn.Module):
@@ -140,7 +143,7 @@ class InvertedResidual(nn.Module):
         return x + narrow if self.has_sum else narrow
 
 
-class SameConv(nn.Conv2d):
+class Conv2dSame(nn.Conv2d):
     """A convolution of stride 2 that pads even sides as TensorFlow's `same` does."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
@@ -156,7 +159,7 @@ def _same_conv(
         return nn.Conv2d(
             in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
         )
-    return SameConv(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+    return Conv2dSame(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

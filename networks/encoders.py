@@ -8,21 +8,19 @@ ResNet, arXiv:1512.03385; the others are in `backbones.py`. Everything that timm
 stages is there as `timm:<name>`, where timm is installed.
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from networks.backbones import EfficientNetLite0, Stages, TimmStages
+from networks.fused import Snapshot, fast_copy
 from runtime.errors import UserError
 
 # torchvision's, the same for all of its backbones
@@ -34,10 +32,11 @@ LITE = "efficientnet_lite0"
 class Encoder(nn.Module):
     """A backbone, its normalisation, and a way to keep it fixed.
 
-    Frozen, a backbone with BatchNorms computes with a copy whose BatchNorms are folded into the
-    convolutions and whose weights are in autocast's dtype. The copy follows every change of the
-    weights and is in no state dict: what is saved and loaded is the backbone, in float32 and under
-    the names of the library that it comes from.
+    Frozen, a backbone computes with a fast copy where there is one (`fused.py`): BatchNorms and, on
+    a CPU, activations and sums are done within the convolutions, in autocast's dtype. The copy is
+    made anew when a weight is another one or was written to, but for writes to `.data`, which
+    PyTorch does not count. It is in no state dict: what is saved and loaded is the backbone, in
+    float32 and under the names of the library that it comes from.
 
     Args:
         backbone: (N, 3, H, W) -> its maps, as a list or a dictionary.
@@ -72,7 +71,8 @@ class Encoder(nn.Module):
         self.frozen = False
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), False)
-        self._folded: tuple[Any, nn.Module] | None = None  # in a tuple: not one of the submodules
+        # in a tuple, and so none of the submodules: (snapshot, what for, copy or None)
+        self._fast: tuple[Snapshot, Any, nn.Module | None] | None = None
 
     def freeze(self) -> None:
         """Stop the weights from learning and BatchNorm's statistics from moving."""
@@ -100,30 +100,33 @@ class Encoder(nn.Module):
         if not self.frozen:
             return _as_list(self.backbone(image))
         with torch.no_grad():
-            # compilers fold by themselves, and export wants the plain names
-            if torch.compiler.is_compiling() or not isinstance(self.backbone, fx.GraphModule):
+            if torch.compiler.is_compiling():  # compilers fuse by themselves; export: plain names
                 return _as_list(self.backbone(image))
             device = image.device.type
             is_autocast = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if is_autocast else image.dtype
-            return _as_list(self._fold(dtype)(image.to(dtype)))
+            fast = self._fast_copy(image, dtype)
+            return _as_list(self.backbone(image) if fast is None else fast(image))
 
-    def _fold(self, dtype: torch.dtype) -> nn.Module:
-        """Return the folded backbone, made anew when a weight is another one or was written to."""
-        tensors = chain(self.backbone.parameters(), self.backbone.buffers())
-        key = (dtype, [(id(t), 0 if t.is_inference() else t._version) for t in tensors])
-        if self._folded is None or self._folded[0] != key:
-            self._folded = None  # before the new one: memory for one copy, not two
-            twin = copy.deepcopy(self.backbone).eval()
-            self._folded = (key, fuse(twin, inplace=True, no_trace=True).to(dtype))
-        return self._folded[1]
+    def _fast_copy(self, image: Tensor, dtype: torch.dtype) -> nn.Module | None:
+        """Return the fast copy for such images, made anew if need be, or None."""
+        key = (dtype, image.device)
+        if self._fast is None or self._fast[1] != key or not self._fast[0].is_current():
+            self._fast = None  # before the new one: memory for one copy, not two
+            snapshot = Snapshot(self.backbone)
+            self._fast = (snapshot, key, fast_copy(self.backbone, dtype, image[:1]))
+        return self._fast[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
-        self._folded = None  # `to` swaps the data of a parameter without counting it as written
+        self._fast = None  # `to` swaps the data of a parameter without counting it as written
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "_fast": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.train(self.training)  # a deep copy of one of fx's graphs is in training mode
 
 
 def _as_list(maps: Any) -> list[Tensor]:

@@ -1,0 +1,164 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import fused
+from networks.encoders import Encoder, build_encoder
+from networks.fused import Fused, Snapshot, fast_copy
+
+NAMES = ["resnet18", "resnet50", "efficientnet_lite0", "convnext_tiny", "swin_t"]
+TIMM = ["tf_efficientnet_lite0", "mobilenetv3_small_100", "regnety_002", "resnet10t"]
+NUM_FUSED = {"resnet18": 20, "resnet50": 53, "efficientnet_lite0": 48, "tf_efficientnet_lite0": 48}
+
+
+def frozen(name: str) -> Encoder:
+    """A frozen encoder whose BatchNorms do something, as trained ones do."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.1)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
+    encoder.freeze()
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def maps(result: Any) -> list[Tensor]:
+    return list(result.values()) if isinstance(result, dict) else list(result)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Return the root mean square of the difference, as a share of the map's."""
+    gap = (found.float() - exact).square().mean().sqrt()
+    return float(gap / exact.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"timm:{name}" for name in TIMM)])
+@torch.no_grad()
+def test_the_copy_computes_the_same(name: str) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    network = frozen(name).backbone
+    image = torch.rand(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    exact = maps(network(image))
+    fast = fast_copy(network, torch.float32, image[:1])
+    assert fast is not None
+    num_fused = sum(isinstance(module, Fused) for module in fast.modules())
+    assert num_fused >= NUM_FUSED.get(name.removeprefix("timm:"), 10)
+    for size in ((64, 96), (32, 32), (64, 96)):  # a weight is packed anew for each size
+        part = image[..., : size[0], : size[1]]
+        for own, other in zip(maps(fast(part)), maps(network(part)), strict=True):
+            assert error(own, other) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        low = fast_copy(network, torch.bfloat16, image[:1])
+        assert low is not None
+        for own, plain, sharp in zip(maps(low(image)), maps(network(image)), exact, strict=True):
+            assert error(own, sharp) <= 1.2 * error(plain, sharp)
+
+
+@torch.no_grad()
+def test_nothing_is_left_after_the_convolutions_of_a_resnet() -> None:
+    network = frozen("resnet50").backbone
+    fast = fast_copy(network, torch.float32, torch.rand(1, 3, 64, 64))
+    assert fast is not None
+    kinds = [type(module) for module in fast.modules() if not list(module.children())]
+    assert sorted(kind.__name__ for kind in set(kinds)) == ["Fused", "MaxPool2d"]
+    assert sum(isinstance(m, Fused) and m.in_place for m in fast.modules()) == 16  # all sums
+
+
+@torch.no_grad()
+def test_a_sum_is_not_written_over_what_is_read_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            a = self.first(x)
+            b = self.second(x) + a
+            return [a, b, self.second(a) + x]
+
+    network, image = Twice().eval(), torch.rand(1, 3, 8, 8)
+    before = image.clone()
+    fast = fast_copy(network, torch.float32, image)
+    assert fast is not None
+    for own, other in zip(fast(image), network(image), strict=True):
+        torch.testing.assert_close(own, other)
+    assert torch.equal(image, before)
+    assert not any(isinstance(m, Fused) and m.in_place for m in fast.modules())
+
+
+@pytest.mark.parametrize("fault", ["raises", "lies"])
+@torch.no_grad()
+def test_an_operator_that_changed_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Fused, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if fault == "raises":
+            raise RuntimeError("no such operator")
+        return nn.functional.conv2d(x, self.weight, self.bias, *self.conv[1:2], self.conv[0])
+
+    monkeypatch.setattr(Fused, "forward", changed)
+    encoder, image = frozen("resnet18"), torch.rand(1, 3, 64, 64)
+    fast = fast_copy(encoder.backbone, torch.float32, image)
+    assert fast is not None and not any(isinstance(m, Fused) for m in fast.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())  # folded all the same
+    for own, other in zip(maps(fast(image)), maps(encoder.backbone(image)), strict=True):
+        assert error(own, other) < 1e-5
+
+
+@torch.no_grad()
+def test_a_network_that_cannot_be_followed_computes_by_itself() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.conv(x) if x.mean() > 0 else x]
+
+    encoder = Encoder(Odd(), [4], [1])
+    encoder.freeze()
+    image = torch.rand(1, 3, 8, 8)
+    assert fast_copy(encoder.backbone, torch.float32, image) is None
+    assert encoder(image + 1)[0].shape == (1, 4, 8, 8)
+
+
+@torch.no_grad()
+def test_a_module_that_cannot_be_followed_stays_whole() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.shape[-1] > 4 else -x
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Odd(), nn.Conv2d(4, 4, 1)).eval()
+    image = torch.rand(1, 3, 8, 8)
+    fast = fast_copy(network, torch.float32, image)
+    assert fast is not None and sum(isinstance(m, Fused) for m in fast.modules()) == 2
+    for side in (8, 4):
+        torch.testing.assert_close(fast(image[..., :side]), network(image[..., :side]))
+
+
+def test_a_snapshot_notices_writes_and_other_tensors() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    changes: list[Any] = [
+        lambda: network[0].weight.detach().add_(1),
+        lambda: network[1].get_buffer("running_mean").zero_(),
+        lambda: setattr(network[0], "weight", nn.Parameter(torch.zeros(4, 3, 1, 1))),
+        lambda: setattr(network[0], "bias", None),
+        lambda: network.set_submodule("1", nn.BatchNorm2d(4)),
+        lambda: network.load_state_dict(copy.deepcopy(network.state_dict())),
+    ]
+    for change in changes:
+        snapshot = Snapshot(network)
+        assert snapshot.is_current()
+        change()
+        assert not snapshot.is_current()
+
+
+def test_padding_is_that_of_tensorflow() -> None:
+    x = torch.ones(1, 1, 4, 5)
+    assert fused.pad_same(x, (3, 3), (2, 2)).shape == (1, 1, 5, 7)  # 0 + 1 rows, 1 + 1 columns
+    assert fused.pad_same(x, (3, 3), (2, 2))[0, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 0]

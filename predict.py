@@ -6,11 +6,12 @@ picture of both over the later date; for GeoTIFFs on the same grid, with polygon
 polygons.py say what is in them). Started by torchrun, several processes share the work.
 """
 
+import shlex
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ class Config:
         short="-o",
         aliases=["--output"],
     )
-    overwrite: bool = option(False, "replace what is there")
+    overwrite: bool = option(False, "replace all that is there of a scene")
+    skip_existing: bool = option(
+        False, "pass over scenes that are mapped: go on where a run was stopped"
+    )
     threshold: float | None = option(
         None,
         "threshold of the change probability; else as evaluate.py chose it on val, else 0.5",
@@ -56,6 +60,15 @@ class Config:
     fill_holes: float = option(
         0.0, "fill holes of polygons up to so many square metres", at_least=0
     )
+    polygons: str = option(
+        "geojson",
+        "GeoJSON in longitude and latitude, GeoPackage in the scene's own CRS",
+        choices=("geojson", "gpkg", "both", "none"),
+    )
+    simplify: float = option(
+        0.0, "metres by which outlines of polygons may be simplified; 0 keeps them", at_least=0
+    )
+    report: bool = option(True, "write NAME_report.html, a page to look at")
 
     align: bool = option(
         False, "resample the later date onto the grid of the earlier one", group="what goes in"
@@ -96,13 +109,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mapping.maps import Kinds, SceneMaps, check_free
-from mapping.rasters import Scene, ScenePair, find_scenes, open_scene
+from mapping.grids import Grid
+from mapping.maps import Kinds, Output, SceneMaps, check_free, remove_set
+from mapping.rasters import Scene, SceneFault, ScenePair, find_scenes, open_scene
+from mapping.sidecars import is_complete
 from metrics import change_probability
 from model import restore_model
 from networks.sliding_window import Image, predict_bands, predict_logits
 from pairs.bands import Reading
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import VERSION, digest_of, read_checkpoint
+from runtime.config import as_dict, as_flags
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
@@ -123,17 +139,8 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
         UserError: anything the user can mend; of the pair that it concerns nothing is written.
         Interrupted: by a signal; what is written is whole.
     """
-    config = Config(**given)
-    check(config)
-    path = find_model(config.checkpoint)
-    state = read_checkpoint(path)
-    reading = reading_of(config).over(Reading.saved(state["data"], path))
-    config = replace(config, **vars(reading))
-    device = pick_device(config.device, local_rank())
-    keep_freed_memory()
-    model = restore_model(state, path).to(device).eval()
-    kinds = Kinds.of(model.task, model.num_classes, state["data"])
-    config, scenes = from_rank_0(lambda: prepare(config, kinds))
+    config, model, kinds = _model_of(Config(**given))
+    config, about, scenes, faults = from_rank_0(lambda: prepare(config, kinds))
     results: list[Mapped] = []
     shared = False
     with (
@@ -149,7 +156,7 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
             if number:
                 raise Interrupted(
                     f"stopped after {len(results)} of {len(scenes)} scenes; nothing of the next "
-                    "one was written",
+                    "one was written; --skip-existing goes on",
                     number,
                 )
 
@@ -157,20 +164,57 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
             group = scenes[first : first + world_size()]
             shared = len(group) < world_size()
             for pair in group if shared else share(group):
-                own = predict_pair(
-                    model,
-                    kinds,
-                    pair,
-                    Path(config.output_dir),
-                    config=config,
-                    leave_if_asked=leave_if_asked,
-                    shared=shared,
-                )
+                own: Mapped | str | None
+                try:
+                    own = predict_pair(
+                        model,
+                        kinds,
+                        pair,
+                        Path(config.output_dir),
+                        config=config,
+                        about=about,
+                        leave_if_asked=leave_if_asked,
+                        shared=shared,
+                    )
+                except SceneFault as fault:  # of a scene that is shared, all processes have it
+                    own = str(fault) if not shared or rank() == 0 else None
                 found = [mapped for mapped in gather(own) if mapped]
-                for other in found[1:]:
-                    print(*other.lines, sep="\n", flush=True)
-                results += found
+                for number, one in enumerate(found):
+                    if isinstance(one, str):
+                        faults.append(one)
+                        continue
+                    if number:  # rank 0 has said its own
+                        print(*one.lines, sep="\n", flush=True)
+                    results.append(one)
+                    faults += [one.fault] if one.fault else []
+    if faults:
+        raise UserError(_listed(faults, len(results)))
     return results
+
+
+def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds]:
+    """Return the options with those of the training, the model, and what its classes are."""
+    check(config)
+    path = find_model(config.checkpoint)
+    state = read_checkpoint(path)
+    reading = reading_of(config).over(Reading.saved(state["data"], path))
+    device = pick_device(config.device, local_rank())
+    keep_freed_memory()
+    model = restore_model(state, path).to(device).eval()
+    if rank() == 0 and state["data"].get("is_sample"):
+        print(
+            "this model was trained on the SYNTHETIC sample alone: expect false alarms on real "
+            "scenes; train on labelled pairs of your own"
+        )
+    kinds = Kinds.of(model.task, model.num_classes, state["data"])
+    return replace(config, **vars(reading)), model, kinds
+
+
+def _listed(faults: Sequence[str], num_mapped: int) -> str:
+    """Return what to say at the end of the scenes that are not whole."""
+    if len(faults) == 1 and not num_mapped:
+        return faults[0]
+    return "\n  ".join([f"{num_mapped} scenes are mapped; {len(faults)} have faults:", *faults])
 
 
 def predict_scene(
@@ -200,6 +244,8 @@ def predict_scene(
 
 def check(config: Config) -> None:
     """Raise UserError for options that do not go together."""
+    if config.overwrite and config.skip_existing:
+        raise UserError("--overwrite and --skip-existing: give one of them")
     if config.overlap >= config.window:
         raise UserError(f"--overlap {config.overlap}: give less than --window {config.window}")
     reading_of(config)
@@ -221,27 +267,78 @@ def opened(pair: ScenePair, config: Config) -> AbstractContextManager[Scene]:
     )
 
 
-def prepare(config: Config, kinds: Kinds) -> tuple[Config, list[ScenePair]]:
-    """Return the options with the threshold chosen, and the scenes.
+def prepare(
+    config: Config, kinds: Kinds
+) -> tuple[Config, dict[str, Any], list[ScenePair], list[str]]:
+    """Judge all that can be judged before the first window.
+
+    Returns:
+        The options with the threshold chosen, the provenance, the scenes to map, and what is wrong
+        with those that cannot be.
 
     Raises:
-        UserError: a file that cannot be read, or maps that are there.
+        UserError: nothing can be mapped, or maps are there.
     """
     scenes = find_scenes(Path(config.before), Path(config.after))
-    for scene in scenes:
-        with opened(scene, config):
-            pass
-    path = find_model(config.checkpoint)
+    sound, faults = _judged(scenes, config)
+    path, out = find_model(config.checkpoint), Path(config.output_dir)
     if config.threshold is None and kinds.has_threshold:
         if chosen := stored_threshold(path):
             threshold, source = chosen
             print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
             config = replace(config, threshold=threshold)
         else:
-            print("threshold 0.5; evaluate.py chooses one on val, --threshold sets it")
-    if not config.overwrite:
-        check_free(Path(config.output_dir), (scene.name for scene in scenes))
-    return config, scenes
+            print(
+                "threshold 0.5, which fits few scenes: with a few labelled pairs of your own as "
+                "val, evaluate.py chooses a better one; --threshold sets it"
+            )
+    about = provenance(config, path)
+    if config.skip_existing:
+        todo = [scene for scene in sound if not is_complete(out, scene.name, about)]
+        print(f"{len(sound) - len(todo)} of {len(scenes)} scenes are mapped already")
+        sound = todo
+    elif not config.overwrite:
+        check_free(out, (scene.name for scene in sound))
+    return config, about, sound, faults
+
+
+def _judged(scenes: Sequence[ScenePair], config: Config) -> tuple[list[ScenePair], list[str]]:
+    """Return the scenes that can be mapped, by their headers, and the faults of the others."""
+    sound, faults = [], []
+    for scene in scenes:
+        try:
+            with opened(scene, config):
+                sound.append(scene)
+        except SceneFault as fault:
+            if len(scenes) == 1:
+                raise
+            faults.append(str(fault))
+    if not sound:
+        raise UserError(_listed(faults, 0))
+    return sound, faults
+
+
+# Options that change no pixel of a map
+_HARMLESS = {"checkpoint", "before", "after", "output_dir", "overwrite", "skip_existing", "report",
+             "batch_size", "device"}  # fmt: skip
+
+
+def provenance(config: Config, path: Path) -> dict[str, Any]:
+    """Return what made the maps, for their tags and NAME_about.json."""
+    given = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    words = [shlex.quote(str(given.pop(name))) for name in ("checkpoint", "before", "after")]
+    return {
+        "checkpoint": str(path),
+        "checkpoint_sha256": digest_of(path),
+        "threshold": 0.5 if config.threshold is None else config.threshold,
+        "options": {k: v for k, v in as_dict(config).items() if k not in _HARMLESS},
+        "command": f"python predict.py {' '.join(words)} {as_flags(given)}".strip(),
+        "version": VERSION,
+    }
 
 
 @dataclass(frozen=True)
@@ -253,6 +350,7 @@ class Mapped:
         megapixels, seconds: of the scene, and that it took.
         changed: share of the pixels that have data.
         polygons: how many were written.
+        fault: of what is missing of its set.
     """
 
     lines: tuple[str, ...]
@@ -260,6 +358,7 @@ class Mapped:
     seconds: float
     changed: float
     polygons: int
+    fault: str = ""
 
 
 def predict_pair(
@@ -269,6 +368,7 @@ def predict_pair(
     out: Path,
     *,
     config: Config,
+    about: Mapping[str, Any] | None = None,
     leave_if_asked: Callable[[], None] = lambda: None,
     shared: bool = False,
 ) -> Mapped | None:
@@ -280,6 +380,7 @@ def predict_pair(
         pair: the files.
         out: folder of the maps.
         config: the options.
+        about: the provenance.
         leave_if_asked: may raise to end it; then nothing is left behind.
         shared: all processes do this together, see `predict_bands`; rank 0 writes.
 
@@ -297,26 +398,50 @@ def predict_pair(
             return None
         print(*scene.notes, sep="\n", end="\n" if scene.notes else "", flush=True)
         grid, num_valid, num_changed = scene.grid, 0, 0
+        output = Output(
+            config.probability,
+            config.polygons,
+            config.min_area,
+            config.fill_holes,
+            config.simplify,
+            config.report,
+            {"before": str(pair.before), "after": str(pair.after), **(about or {})},
+        )
         with (
             whole_folder(out) as folder,
-            SceneMaps(folder, pair.name, scene, kinds, config.probability) as maps,
+            SceneMaps(folder, pair.name, scene, kinds, output) as maps,
         ):
             for top, logits in bands:
                 valid, is_change = maps.write(top, logits, config.threshold)
                 num_valid += valid
                 num_changed += is_change
-            num_polygons, num_left_out = maps.finish(config.min_area, config.fill_holes)
+            changed = num_changed / max(num_valid, 1)
+            found = maps.finish(_about_lines(pair, grid, changed, output))
+            if config.overwrite or config.skip_existing:
+                remove_set(out, pair.name)  # what is not made again must not seem to be
     seconds, megapixels = time.perf_counter() - start, grid.height * grid.width / 1e6
-    changed, no_data = num_changed / max(num_valid, 1), 1 - num_valid / (grid.height * grid.width)
+    no_data = 1 - num_valid / (grid.height * grid.width)
     line = (
         f"{out / pair.name}_*: {grid.width} x {grid.height}, {changed:.2%} changed"
-        f"{f', {num_polygons} polygons' if grid.has_place else ''}"
-        f"{f' and {num_left_out} too small (--min-area)' if num_left_out else ''}"
+        f"{f', {found.number} polygons' if maps.has_polygons else ''}"
+        f"{f' and {found.num_left_out} too small (--min-area)' if found.num_left_out else ''}"
         f"{f', {no_data:.1%} without data' if no_data else ''}"
-        f", {megapixels / seconds:.2f} megapixels/s"
+        f", {megapixels / seconds:.2g} megapixels/s"
     )
     print(line, flush=True)
-    return Mapped((*scene.notes, line), megapixels, seconds, changed, num_polygons)
+    fault = f"{out / pair.name}_polygons: {found.fault}" if found.fault else ""
+    return Mapped((*scene.notes, line), megapixels, seconds, changed, found.number, fault)
+
+
+def _about_lines(pair: ScenePair, grid: Grid, changed: float, output: Output) -> list[str]:
+    """Return what the page of a scene says first."""
+    lines = [f"{pair.before} and {pair.after}", f"{grid}: {changed:.2%} changed"]
+    if "command" in output.about:
+        lines += [
+            f"{output.about['command']}",
+            f"checkpoint {output.about['checkpoint_sha256']}, version {output.about['version']}",
+        ]
+    return lines
 
 
 def _bands(

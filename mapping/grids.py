@@ -1,8 +1,9 @@
 """Where the pixels of a raster lie on the Earth, and whether those of two rasters are the same.
 
 A transform is taken from tags, .aux.xml or a world file; a CRS without one is no place. Control
-points and RPCs are refused: they bend a grid, so that a warp has to come first. Coordinates that do
-not fit their CRS are found before any work.
+points and RPCs bend a grid: two dates that share them are mapped pixel by pixel, and the maps keep
+them; for all else a warp has to come first. Coordinates that do not fit their CRS are found before
+any work.
 """
 
 import warnings
@@ -27,6 +28,44 @@ Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Points:
+    """What places an image without a grid.
+
+    Attributes:
+        gcps: rasterio's ground control points and their CRS.
+        rpcs: rasterio's rational polynomials.
+    """
+
+    gcps: Any = None
+    rpcs: Any = None
+
+    def __str__(self) -> str:
+        if self.rpcs is not None:
+            return "placed by rational polynomials (RPCs)"
+        return f"placed by {len(self.gcps[0])} ground control points (GCPs)"
+
+    @property
+    def remedy(self) -> str:
+        """How a grid is made of it."""
+        if self.rpcs is not None:
+            return "gdalwarp -rpc -t_srs EPSG:... IN.tif OUT.tif makes a grid of each"
+        code = self.gcps[1].to_epsg() if self.gcps[1] else None
+        return f"gdalwarp -t_srs EPSG:{code or '...'} IN.tif OUT.tif makes a grid of each"
+
+    def matches(self, other: "Points") -> bool:
+        """Whether both place the same pixels alike."""
+        if self.rpcs is not None or other.rpcs is not None:
+            known = self.rpcs is not None and other.rpcs is not None
+            return known and self.rpcs.to_gdal() == other.rpcs.to_gdal()
+        if self.gcps[1] != other.gcps[1] or len(self.gcps[0]) != len(other.gcps[0]):
+            return False
+        own, others = (
+            np.array([(g.row, g.col, g.x, g.y) for g in each.gcps[0]]) for each in (self, other)
+        )
+        return np.allclose(own, others, rtol=1e-12, atol=1e-9)
+
+
+@dataclass(frozen=True)
 class Grid:
     """Where a scene's pixels lie.
 
@@ -34,6 +73,7 @@ class Grid:
         height, width: in pixels.
         crs: rasterio's CRS, None where there is none.
         transform: of pixel corners to the CRS's coordinates, an `affine.Affine`; None as well.
+        points: what places it where there is no transform.
         remark: what the user should know of it.
     """
 
@@ -41,10 +81,13 @@ class Grid:
     width: int
     crs: Any = None
     transform: Any = None
+    points: Points | None = None
     remark: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         size = f"{self.width} x {self.height} pixels"
+        if self.points is not None:
+            return f"{size}, {self.points}"
         if self.transform is None:
             return f"{size}, not georeferenced"
         t = self.transform
@@ -62,13 +105,17 @@ class Grid:
         """Whether both have the same pixels, to a twentieth of one."""
         if (self.height, self.width, self.crs) != (other.height, other.width, other.crs):
             return False
+        if self.points is not None or other.points is not None:
+            if self.points is None or other.points is None:
+                return False
+            return self.points.matches(other.points)
         if self.transform is None or other.transform is None:
             return self.transform is other.transform
         corners = np.array([(x, y) for x in (0, self.width) for y in (0, self.height)], float).T
         there = place(~self.transform, *place(other.transform, *corners))
         return bool(np.abs(there - corners).max() < _MAX_SHIFT)
 
-    def points(self) -> Doubles:
+    def lattice(self) -> Doubles:
         """Return coordinates (2, n) all over the grid, its edges and corners among them."""
         x, y = np.meshgrid(*(np.linspace(0, n, _SAMPLES) for n in (self.width, self.height)))
         return place(self.transform, x.ravel(), y.ravel())
@@ -89,11 +136,15 @@ def grid_of(path: Path, source: Any) -> Grid:
     """Return the grid of an open rasterio dataset.
 
     Raises:
-        UserError: it has control points or RPCs in place of a grid, or lies nowhere on the Earth.
+        UserError: it lies nowhere on the Earth, or is placed by arrays.
     """
     height, width, transform = source.height, source.width, source.transform
-    if transform.is_identity:
-        _check_no_points(path, source)
+    if transform.is_identity and (points := _points_of(path, source)):
+        remark = (
+            f"{path}: {points}, which make no grid: the maps keep them, and there are no polygons; "
+            f"{points.remedy}"
+        )
+        return Grid(height, width, points=points, remark=remark)
     if _is_made_up(transform, height):
         remark = ""
         if source.crs is not None:
@@ -104,7 +155,7 @@ def grid_of(path: Path, source: Any) -> Grid:
         check_place(path, grid)
         return grid
     remark = f"{path}: has no CRS of the Earth, so there are no polygons"
-    return Grid(height, width, grid.crs, transform, remark)
+    return Grid(height, width, grid.crs, transform, remark=remark)
 
 
 def _is_made_up(transform: Any, height: int) -> bool:
@@ -129,24 +180,19 @@ def _crs_beside(path: Path) -> Any:
         raise UserError(f"{beside}: names no CRS; mend it or move it away") from None
 
 
-def _check_no_points(path: Path, source: Any) -> None:
-    points, crs = source.gcps
-    if points:
-        named = crs.to_string() if crs and crs.to_epsg() else "EPSG:..."
-        raise UserError(
-            f"{path}: is placed by {len(points)} ground control points (GCPs), which make no grid; "
-            f"warp both dates first: gdalwarp -t_srs {named} {path.name} warped.tif"
-        )
-    if source.rpcs or source.tags(ns="RPC"):
-        raise UserError(
-            f"{path}: is placed by rational polynomials (RPCs), which make no grid; orthorectify "
-            f"both dates first: gdalwarp -rpc -t_srs EPSG:... {path.name} warped.tif"
-        )
+def _points_of(path: Path, source: Any) -> Points | None:
+    """Return what places an image without a grid."""
+    gcps = source.gcps
+    if gcps[0]:
+        return Points(gcps=gcps)
+    if source.rpcs:
+        return Points(rpcs=source.rpcs)
     if source.tags(ns="GEOLOCATION"):
         raise UserError(
             f"{path}: is placed by geolocation arrays, which make no grid; warp both dates first: "
             f"gdalwarp -geoloc -t_srs EPSG:... {path.name} warped.tif"
         )
+    return None
 
 
 def to_lon_lat(crs: Any, x: Doubles, y: Doubles) -> Doubles:
@@ -169,7 +215,7 @@ def to_lon_lat(crs: Any, x: Doubles, y: Doubles) -> Doubles:
 
 def check_place(path: Path, grid: Grid) -> None:
     """Raise UserError for coordinates that do not fit the CRS."""
-    x, y = grid.points()
+    x, y = grid.lattice()
     why = _why_not_degrees(grid, x, y) if grid.crs.is_geographic else _why_not_metres(grid, x, y)
     if why:
         raise UserError(f"{path} ({grid}): {why}; mend its georeference, as with gdal_edit.py")
@@ -268,7 +314,7 @@ def pixels_of(first: Grid, second: Grid) -> Doubles:
     from rasterio._err import CPLE_BaseError
     from rasterio.warp import transform
 
-    x, y = second.points()
+    x, y = second.lattice()
     if first.crs != second.crs:
         try:
             x, y = map(np.array, transform(second.crs, first.crs, x, y))

@@ -4,16 +4,18 @@
     mask           uint8 class values under a palette       255 = no data; of semantic change
                                                             classes_before and classes_after
     overlay        PNG, the later date with the change tinted, at most 2,048 pixels a side
+    and            polygons (polygons.py), a page to look at (report.py), sidecars (sidecars.py)
 
 A georeferenced or large scene gives cloud-optimised GeoTIFFs on the grid of its first date, others
 PNGs (and TIFF for float32). All is written into a folder of its own and moved into place when it
 is whole, so that no file that looks complete is not.
 """
 
+import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,32 @@ from PIL import Image
 from torch import Tensor
 
 from mapping.grids import Grid
-from mapping.polygons import write_polygons
+from mapping.polygons import (
+    Polygon,
+    check_installed,
+    find_polygons,
+    write_geojson,
+    write_geopackage,
+)
 from mapping.rasters import Bools, Bytes, Scene
+from mapping.report import MAX_PLACES, Report
+from mapping.sidecars import (
+    tags_of,
+    write_about,
+    write_class_style,
+    write_place,
+    write_probability_style,
+)
 from metrics import change_probability, check_logits, predict_classes
 from pairs.images import IGNORE
 from runtime.errors import UserError
 from visualize import PALETTE
 
-LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons")
-ENDINGS = (".png", ".tif", ".geojson")
+LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons",
+          "report", "about")  # fmt: skip
+# all that may be there of a layer, with what other programs leave beside it
+ENDINGS = (".png", ".tif", ".geojson", ".gpkg", ".html", ".json", ".qml", ".pgw", "_files",
+           ".png.aux.xml", ".tif.aux.xml", ".gpkg-wal", ".gpkg-shm")  # fmt: skip
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
 SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
 PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
@@ -79,6 +98,43 @@ class Kinds:
         return {"class": value, "name": self.names[value]}
 
 
+@dataclass(frozen=True)
+class Output:
+    """What is wanted of a scene.
+
+    Attributes:
+        probability: its dtype, "uint8" or "float32".
+        polygons: "geojson", "gpkg", "both" or "none".
+        min_area, fill_holes, simplify: of `find_polygons`.
+        has_report: whether a page is made.
+        about: the provenance.
+    """
+
+    probability: str = "uint8"
+    polygons: str = "geojson"
+    min_area: float | None = None
+    fill_holes: float = 0.0
+    simplify: float = 0.0
+    has_report: bool = True
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of the polygons of a scene.
+
+    Attributes:
+        number, num_left_out: of polygons.
+        fault: why there are none, although they were wanted.
+        places: text and box in pixels of each, largest first.
+    """
+
+    number: int = 0
+    num_left_out: int = 0
+    fault: str = ""
+    places: Sequence[tuple[str, tuple[int, int, int, int]]] = ()
+
+
 class PngMap:
     """A map of a plain image, in memory until it is saved.
 
@@ -118,6 +174,7 @@ class GeoTiffMap:
         palette: the colour of each class value, for masks.
         nodata: the value of pixels without data.
         unit: what a step of the value means, told to GDAL.
+        tags: of the file.
     """
 
     def __init__(
@@ -129,6 +186,7 @@ class GeoTiffMap:
         *,
         nodata: float = IGNORE,
         unit: float = 1.0,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         import rasterio
 
@@ -161,6 +219,11 @@ class GeoTiffMap:
             self.file.write_colormap(1, {v: (*c, 255) for v, c in enumerate(table)})
         if unit != 1:
             self.file.scales = (unit,)
+        self.file.update_tags(**(tags or {}))
+        if grid.points is not None and grid.points.rpcs is not None:
+            self.file.rpcs = grid.points.rpcs
+        elif grid.points is not None:
+            self.file.gcps = grid.points.gcps
 
     def write(self, top: int, rows: NDArray[Any]) -> None:
         """Take rows (n, W) from `top` on."""
@@ -274,38 +337,47 @@ class SceneMaps:
     """All that is written of one scene; its files are open until the `with` ends.
 
     Args:
-        folder: where the files are made, see `unfinished`.
+        folder: where the files are made, see `whole_folder`.
         name: of the scene, before the files' own.
-        scene: gives the grid, the later date and where there is data.
+        scene: gives the grid, both dates and where there is data.
         kinds: of classes.
-        stored: the probability's dtype, "uint8" or "float32".
+        output: what is wanted.
     """
 
-    def __init__(self, folder: Path, name: str, scene: Scene, kinds: Kinds, stored: str) -> None:
-        self.folder, self.name, self.scene, self.kinds, self.stored = (
-            folder, name, scene, kinds, stored,
-        )  # fmt: skip
-        grid = scene.grid
-        self.unit = 1 / PROBABILITY_STEPS if stored == "uint8" else 1.0
+    def __init__(self, folder: Path, name: str, scene: Scene, kinds: Kinds, output: Output) -> None:
+        self.folder, self.name, self.scene, self.kinds = folder, name, scene, kinds
+        self.output, self.stored, grid = output, output.probability, scene.grid
+        self.unit = 1 / PROBABILITY_STEPS if self.stored == "uint8" else 1.0
         layers = ["classes_before", "classes_after"] if kinds.task == "semantic" else ["mask"]
+        self.has_polygons = grid.has_place and output.polygons != "none"
+        if self.has_polygons:
+            check_installed(scene.before.path)
         self.probability: PngMap | GeoTiffMap
         self.masks: list[PngMap | GeoTiffMap]
         if scene.is_plain:
-            self.probability = PngMap(self._path("probability", stored), grid, stored)
+            self.probability = PngMap(self._path("probability", self.stored), grid, self.stored)
             self.masks = [PngMap(self._path(m), grid, "uint8", kinds.palette) for m in layers]
         else:
+            tags = tags_of(output.about)
             self.probability = GeoTiffMap(
                 self._path("probability"),
                 grid,
-                stored,
-                nodata=IGNORE if stored == "uint8" else float("nan"),
+                self.stored,
+                nodata=IGNORE if self.stored == "uint8" else float("nan"),
                 unit=self.unit,
+                tags=tags,
             )
-            self.masks = [GeoTiffMap(self._path(m), grid, "uint8", kinds.palette) for m in layers]
+            self.masks = [
+                GeoTiffMap(self._path(layer), grid, "uint8", kinds.palette, tags=tags)
+                for layer in layers
+            ]
         self.transitions: GeoTiffMap | None = None  # 256 from + to, for polygons alone
-        if grid.has_place and kinds.task == "semantic":
+        if self.has_polygons and kinds.task == "semantic":
             self.transitions = GeoTiffMap(folder / "transitions.tif", grid, "uint16", nodata=0)
         self.overlay = Overlay(folder / f"{name}_overlay.png", grid, kinds.palette)
+        self.report: Report | None = None
+        if output.has_report:
+            self.report = Report(folder, name, grid, self.overlay.palette.tolist())
 
     def __enter__(self) -> "SceneMaps":
         return self
@@ -331,7 +403,7 @@ class SceneMaps:
         """
         check_logits(logits)
         task = self.kinds.task
-        _, after, valid = self.scene.read(top, top + logits.shape[1])
+        before, after, valid = self.scene.read(top, top + logits.shape[1])
         chance = change_probability(logits[None], task=task)[0].cpu().numpy()
         found = predict_classes(logits[None], threshold, task=task)[0].to(torch.uint8).cpu().numpy()
         classes = np.where(valid, found, np.uint8(IGNORE)).reshape(len(self.masks), *valid.shape)
@@ -339,46 +411,104 @@ class SceneMaps:
         for mask, rows in zip(self.masks, classes, strict=True):
             mask.write(top, rows)
         if self.transitions is not None:
-            before, later = found.astype(np.uint16)
-            self.transitions.write(top, (256 * before + later) * valid)
+            first, later = found.astype(np.uint16)
+            self.transitions.write(top, (256 * first + later) * valid)
         self.overlay.write(top, after, classes[-1])
+        if self.report is not None:
+            self.report.write(before, after, classes[-1])
         return int(valid.sum()), int(((classes[-1] > 0) & valid).sum())
 
-    def finish(self, min_area: float | None, fill_holes: float) -> tuple[int, int]:
-        """Complete all files; return what `write_polygons` does."""
-        num_polygons = 0, 0
-        if self.scene.grid.has_place:
-            classes = self.transitions or self.masks[0]
-            assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
-            classes.close()
-            self.probability.close()
-            path = self.folder / f"{self.name}_polygons.geojson"
-            with _writing(path):  # a draft that the disk cut short shows when it is read
-                num_polygons = write_polygons(
-                    path,
-                    classes.draft,
-                    self.probability.draft,
-                    describe=self.kinds.describe,
-                    unit=self.unit,
-                    min_area=min_area,
-                    fill_holes=fill_holes,
-                )
+    def finish(self, lines: Sequence[str] = ()) -> Found:
+        """Complete all files.
+
+        Args:
+            lines: what the page says first.
+
+        Returns:
+            What came of the polygons; a fault of theirs costs none of the maps.
+        """
+        found = self._polygons() if self.has_polygons else Found()
         if self.transitions is not None:
             self.transitions.draft.unlink()
         for each in (self.probability, *self.masks, self.overlay):
             each.finish()
-        return num_polygons
+        write_place(self.overlay.path, self.scene.grid, self.overlay.step)
+        for mask in self.masks:
+            write_class_style(mask.path, self.kinds.names, self.kinds.palette)
+        has_steps = isinstance(self.probability, PngMap) and self.stored == "uint8"
+        write_probability_style(self.probability.path, PROBABILITY_STEPS if has_steps else 1)
+        if self.report is not None:
+            legend = list(zip(self.kinds.names, self.overlay.palette.tolist(), strict=True))[1:]
+            note = f"{found.number} polygons, the largest first" if self.has_polygons else ""
+            self.report.finish(lines, legend, found.places, note)
+        write_about(self.folder, self.name, self.output.about)
+        return found
+
+    def _polygons(self) -> Found:
+        """Write the polygons, in the forms that are wanted."""
+        classes, output = self.transitions or self.masks[0], self.output
+        assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
+        classes.close()
+        self.probability.close()
+        describe = self.kinds.describe
+        base = self.folder / f"{self.name}_polygons"
+        try:
+            found, num_left_out, ground = find_polygons(
+                classes.draft,
+                self.probability.draft,
+                unit=self.unit,
+                min_area=output.min_area,
+                fill_holes=output.fill_holes,
+                simplify=output.simplify,
+            )
+            if output.polygons in ("geojson", "both"):
+                write_geojson(Path(f"{base}.geojson"), found, ground, describe)
+            if output.polygons in ("gpkg", "both"):
+                write_geopackage(Path(f"{base}.gpkg"), found, ground, describe, self.name)
+        except Exception as error:  # GDAL, GEOS and SQLite raise a dozen types
+            for end in (".geojson", ".gpkg"):
+                Path(f"{base}{end}").unlink(missing_ok=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return Found(fault=f"no polygons could be made ({reason}); the maps are whole")
+        largest = sorted(found, key=lambda polygon: -polygon.area)[:MAX_PLACES]
+        places = [(_told(polygon, describe(polygon.value)), polygon.box) for polygon in largest]
+        return Found(len(found), num_left_out, places=places)
 
     def _path(self, layer: str, stored: str = "uint8") -> Path:
         ending = "png" if self.scene.is_plain and stored == "uint8" else "tif"
         return self.folder / f"{self.name}_{layer}.{ending}"
 
 
+def _told(polygon: Polygon, about: Mapping[str, object]) -> str:
+    """Return a polygon in words: "1,240 m², 0.93, house"."""
+    kind = f"{about['from']} to {about['to']}" if "from" in about else str(about["name"])
+    area = f"{polygon.area:,.0f}" if polygon.area >= 10 else f"{polygon.area:.3g}"
+    return f"{area} m\u00b2, {polygon.probability:.2f}, {kind}"
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """Return all that is there of a scene's set."""
+    files = (folder / f"{name}_{layer}{end}" for layer in LAYERS for end in ENDINGS)
+    return [file for file in files if file.exists()]
+
+
 def check_free(folder: Path, names: Iterable[str]) -> None:
     """Raise UserError if a map of one of these scenes is in the folder already."""
-    files = (f"{name}_{layer}{end}" for name in names for layer in LAYERS for end in ENDINGS)
-    if there := next((folder / file for file in files if (folder / file).exists()), None):
-        raise UserError(f"{there}: is there already; --overwrite, or another --output-dir")
+    for name in names:
+        if there := files_of(folder, name):
+            raise UserError(
+                f"{there[0]}: is there already; --overwrite, --skip-existing, or another "
+                "--output-dir"
+            )
+
+
+def remove_set(folder: Path, name: str) -> None:
+    """Remove what is there of a scene's set, the provenance first: half a set is none."""
+    for file in sorted(files_of(folder, name), key=lambda file: file.suffix != ".json"):
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def _full_palette(palette: Sequence[Color]) -> Bytes:

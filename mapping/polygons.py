@@ -84,7 +84,7 @@ class Ground:
     def of(cls, source: Any) -> "Ground":
         """Return that of an open rasterio dataset."""
         grid = Grid(source.height, source.width, source.crs, source.transform)
-        lat = to_lon_lat(source.crs, *grid.points())[1]
+        lat = to_lon_lat(source.crs, *grid.lattice())[1]
         equal_area = _equal_area_crs(source)
         row, column = source.height // 2, source.width // 2
         x, y = column + np.array([0, 0, 1, 1, 0]), row + np.array([0, 1, 1, 0, 0])

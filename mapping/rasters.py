@@ -38,6 +38,10 @@ Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 
 
+class SceneFault(UserError):
+    """A fault of the files of one scene: others may be sound."""
+
+
 class PlainImage:
     """An image without coordinates, decoded whole.
 
@@ -142,7 +146,8 @@ class Scene:
     def notes(self) -> list[str]:
         """What the user should know, after a look at the pixels."""
         dates = self.before, self.after
-        lines = [note for date in dates for note in date.notes]
+        with _as_scene_fault():
+            lines = [note for date in dates for note in date.notes]
         lines += [date.grid.remark for date in dates]
         bands = [f"bands   {line}" for line in _bands_in_use(*dates)]
         return list(dict.fromkeys(filter(None, bands + lines)))
@@ -158,8 +163,9 @@ class Scene:
         """
         held = len(self._strip[2])
         if not self._top <= top <= bottom <= self._top + held:
-            before, valid_before = self.before.read(top, bottom)
-            after, valid_after = self.after.read(top, bottom)
+            with _as_scene_fault():
+                before, valid_before = self.before.read(top, bottom)
+                after, valid_after = self.after.read(top, bottom)
             valid = valid_before & valid_after
             if not valid.all():
                 before, after = before * valid, after * valid
@@ -195,15 +201,24 @@ def open_scene(
         allow_vrt: open formats that open other files, too.
 
     Raises:
-        UserError: a file that cannot be read, two grids that differ, or rasterio is needed and
+        SceneFault: a file that cannot be read, two grids that differ, or rasterio is needed and
             not installed.
     """
     with ExitStack() as stack:
-        first = _open(before, stack, reading, allow_vrt)
-        second = _open(after, stack, reading, allow_vrt)
-        if not first.grid.matches(second.grid):
-            second = _aligned(first, second, stack, align)
+        with _as_scene_fault():
+            first = _open(before, stack, reading, allow_vrt)
+            second = _open(after, stack, reading, allow_vrt)
+            if not first.grid.matches(second.grid):
+                second = _aligned(first, second, stack, align)
         yield Scene(first, second)
+
+
+@contextmanager
+def _as_scene_fault() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise SceneFault(str(error)) from None
 
 
 def _open(path: Path, stack: ExitStack, reading: Reading, allow_vrt: bool) -> PlainImage | Raster:
@@ -290,6 +305,8 @@ def _aligned(
         and first.grid.has_place
         and second.grid.has_place
     )
+    if points := first.grid.points or second.grid.points:
+        raise UserError(f"{sides} differ, and what places them makes no grid; {points.remedy}")
     if not can_align:
         raise UserError(
             f"{sides} have different pixels, and not both say where they lie, so they cannot be "

@@ -96,10 +96,12 @@ ROWS = {
     "U4": "killed while a map is written: nothing looks complete",
     "U5": "tiled and whole, ONNX and torch: equal",
     "U6": "a stranger's raster that is a VRT, WMS, or names other files: it alone is opened",
+    "U7": "--overwrite with other layers than last time: the whole set of a scene is replaced",
     "U8": "a place in sidecars, in GCPs or RPCs, none at all, or not of the CRS: right or refused",
     "U10": "south-up, rotated, across the antimeridian: aligned rightly, polygons cut at 180",
     "U11": "a place that cannot be transformed: found before; a map outlives its polygons",
     "U12": "pixels of 5 mm: enough digits, every polygon valid, rings right",
+    "U13": "a bad one in a folder of scenes: the others mapped, it listed; --skip-existing goes on",
 }
 
 TESTS = Path(__file__).parent

@@ -111,7 +111,10 @@ def test_plain_pair_gives_what_python_gives(
     assert np.array_equal(np.asarray(mask)[is_clear], (expected > 0.5)[is_clear])
     assert set(np.unique(read_label(tmp_path / "out" / "a_mask.png"))) <= {0, 255}
     assert opened(tmp_path / "out" / "a_overlay.png").size == (110, 90)
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "a_about.json", "a_mask.png", "a_mask.qml", "a_overlay.png", "a_probability.png",
+        "a_probability.qml", "a_report.html",
+    ]  # fmt: skip
     assert result.changed == pytest.approx(np.asarray(mask).mean())
     assert "110 x 90" in capsys.readouterr().out
 
@@ -231,6 +234,78 @@ def test_options_that_do_not_go_together(
         run(checkpoint, "a", "b", tmp_path, **options)
 
 
+def made(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.fault("U7")
+def test_overwrite_replaces_all_that_is_there_of_a_scene(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    before, after = geo_pair(tmp_path)
+    out = tmp_path / "out"
+    run(checkpoint, before, after, out, polygons="both")
+    assert {"before_polygons.gpkg", "before_mask.tif"} <= made(out)
+    other = save(out / "before_2_mask.png", picture(3))
+    (out / "before_mask.tif.aux.xml").write_text("<PAMDataset/>")  # QGIS leaves its statistics
+    plain = [save(tmp_path / f"{n}.png", picture(i)) for i, n in enumerate(("before", "after"))]
+    run(checkpoint, *plain, out, overwrite=True, report=False)
+    assert made(out) == {
+        "before_about.json", "before_mask.png", "before_mask.qml", "before_overlay.png",
+        "before_probability.png", "before_probability.qml", other.name,
+    }  # fmt: skip
+
+
+@pytest.mark.fault("U13")
+def test_a_bad_scene_costs_none_of_the_others(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcd":
+        save(tmp_path / "A" / f"{name}.png", picture(1))
+        save(tmp_path / "B" / f"{name}.png", picture(2))
+    save(tmp_path / "B" / "a.png", picture(2, 40, 40))  # another size
+    cut = tmp_path / "A" / "c.png"
+    cut.write_bytes(cut.read_bytes()[:-100])  # shows when it is decoded
+    folders = tmp_path / "A", tmp_path / "B"
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as caught:
+        run(checkpoint, *folders, out)
+    first, *faults = str(caught.value).splitlines()
+    assert first == "2 scenes are mapped; 2 have faults:"
+    assert "a.png" in faults[0] and "have different" in faults[0] and "c.png" in faults[1]
+    assert {name[0] for name in made(out)} == {"b", "d"}
+
+    mapped: list[str] = []
+    real = predict.predict_pair
+
+    def noted(*args: Any, **options: Any) -> Any:
+        mapped.append(args[2].name)
+        return real(*args, **options)
+
+    monkeypatch.setattr(predict, "predict_pair", noted)
+    save(tmp_path / "B" / "a.png", picture(2))
+    save(cut, picture(1))
+    (out / "d_mask.png").unlink()  # killed while it was moved into place
+    run(checkpoint, *folders, out, skip_existing=True)
+    assert mapped == ["a", "c", "d"] and {name[0] for name in made(out)} == set("abcd")
+    assert "1 of 4 scenes are mapped already" in capsys.readouterr().out
+    run(checkpoint, *folders, out, skip_existing=True)
+    assert len(mapped) == 3
+    with pytest.raises(UserError, match="another threshold made this scene"):
+        run(checkpoint, *folders, out, skip_existing=True, threshold=0.25)
+    with pytest.raises(UserError, match="give one of them"):
+        run(checkpoint, *folders, out, skip_existing=True, overwrite=True)
+
+
+@pytest.mark.fault("U13")
+def test_scenes_are_judged_before_the_first_window(checkpoint: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / "A" / f"{name}.png", picture(1))
+        save(tmp_path / "B" / f"{name}.png", picture(2, 40, 40))
+    with pytest.raises(UserError, match="0 scenes are mapped; 2 have faults"):
+        run(checkpoint, tmp_path / "A", tmp_path / "B", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- GeoTIFFs
 
 
@@ -282,8 +357,56 @@ def test_georeferenced_maps_lie_where_the_first_date_does(tmp_path: Path) -> Non
     }  # fmt: skip
     assert result.polygons == 1 and result.changed == pytest.approx(truth.mean())
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "x_mask.tif", "x_overlay.png", "x_polygons.geojson", "x_probability.tif",
+        "x_about.json", "x_mask.qml", "x_mask.tif", "x_overlay.pgw", "x_overlay.png",
+        "x_overlay.png.aux.xml", "x_polygons.geojson", "x_probability.qml", "x_probability.tif",
+        "x_report.html",
     ]  # fmt: skip
+
+
+def test_each_map_tells_where_it_comes_from(checkpoint: Path, tmp_path: Path) -> None:
+    before, after = geo_pair(tmp_path)
+    run(checkpoint, before, after, tmp_path / "out", threshold=0.25)
+    about = json.loads((tmp_path / "out" / "before_about.json").read_text())
+    assert about["checkpoint_sha256"] == digest_of(checkpoint) and about["threshold"] == 0.25
+    assert about["command"].startswith(f"python predict.py {checkpoint} {before} {after} ")
+    assert "--threshold 0.25" in about["command"] and about["version"]
+    assert {*about["files"], "before_about.json"} == made(tmp_path / "out")
+    import rasterio
+
+    for layer in ("mask", "probability"):
+        with rasterio.open(tmp_path / "out" / f"before_{layer}.tif") as file:
+            tags = file.tags()
+        assert tags["PREDICT_CHECKPOINT_SHA256"] == digest_of(checkpoint)
+        assert tags["PREDICT_THRESHOLD"] == "0.25" and tags["PREDICT_COMMAND"] == about["command"]
+
+
+@pytest.mark.fault("U11")
+@pytest.mark.parametrize("fails", ["find_polygons", "write_geojson", "write_geopackage"])
+def test_a_map_outlives_its_polygons(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    from mapping import maps
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such ring")
+
+    monkeypatch.setattr(maps, fails, fail)
+    before, after = geo_pair(tmp_path)
+    with pytest.raises(UserError, match=r"before_polygons: no polygons could be made \(no such ri"):
+        run(checkpoint, before, after, tmp_path / "out", polygons="both")
+    names = made(tmp_path / "out")
+    assert {"before_mask.tif", "before_probability.tif", "before_overlay.png"} <= names
+    assert not any("polygons" in name for name in names)
+
+
+def test_the_picture_lies_where_the_scene_does(tmp_path: Path) -> None:
+    files = geo_pair(tmp_path)
+    pair(tmp_path / "out", Difference(), *files)
+    import rasterio
+
+    with rasterio.open(tmp_path / "out" / "x_overlay.png") as file, rasterio.open(files[0]) as date:
+        assert file.crs == date.crs and file.transform.almost_equals(date.transform, 1e-6)
+        assert file.bounds == pytest.approx(date.bounds)
 
 
 @pytest.mark.fault("U2")

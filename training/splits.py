@@ -55,6 +55,7 @@ class Data:
         encoding = self.checked.encoding
         return {
             "fingerprint": self.checked.fingerprint,
+            "is_sample": self.is_sample,
             "mask_values": list(encoding.values),
             "class_names": list(encoding.names),
             "class_colors": [list(color) for color in encoding.colors or ()],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mapping.grids import Grid, overlap
+from mapping.maps import GeoTiffMap
 from mapping.rasters import open_scene
 from runtime.errors import UserError
 
@@ -72,34 +73,52 @@ def test_a_world_file_alone_places_pixels_and_a_prj_gives_the_crs(tmp_path: Path
         assert scene.grid.has_place and scene.grid.crs.to_epsg() == 32632
 
 
-@pytest.mark.fault("U8")
-def test_points_in_place_of_a_grid_are_refused_by_name(tmp_path: Path) -> None:
-    def written(name: str, **tags: Any) -> Path:
-        path = write_tif(tmp_path / name, pixels(), crs=None, transform=None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            file = rasterio.open(path, "r+")
-        with file:
-            for key, value in tags.items():
-                setattr(file, key, value)
-        return path
+def with_points(path: Path, **tags: Any) -> Path:
+    write_tif(path, pixels(), crs=None, transform=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        file = rasterio.open(path, "r+")
+    with file:
+        for key, value in tags.items():
+            setattr(file, key, value)
+    return path
 
-    place = from_origin(5e5, 5.2e6, 0.5, 0.5)
+
+def gcps(east: float = 0) -> dict[str, Any]:
     corners = [(r, c) for r in (0, 40) for c in (0, 50)]
-    points = [GroundControlPoint(r, c, place.c + c / 2, place.f - r / 2, 0) for r, c in corners]
-    path = written("gcps.tif", gcps=(points, CRS.from_string(UTM)))
-    with pytest.raises(UserError, match=r"4 ground control points .*gdalwarp -t_srs EPSG:32632"):
-        open_scene(path, path).__enter__()
-    offsets: dict[str, Any] = {
-        f"{axis}_off": 20.0 for axis in ("height", "lat", "line", "long", "samp")
-    }
-    scales = {name.replace("off", "scale"): 1.0 for name in offsets}
-    terms: dict[str, Any] = {f"{axis}_{part}_coeff": [1.0, *[0.0] * 19]
-             for axis in ("line", "samp") for part in ("num", "den")}  # fmt: skip
-    rpcs = RPC(**offsets, **scales, **terms)
-    path = written("rpcs.tif", rpcs=rpcs)
-    with pytest.raises(UserError, match=r"RPCs.*gdalwarp -rpc"):
-        open_scene(path, path).__enter__()
+    points = [GroundControlPoint(r, c, 5e5 + east + c / 2, 5.2e6 - r / 2, 0) for r, c in corners]
+    return {"gcps": (points, CRS.from_string(UTM))}
+
+
+def rpcs(east: float = 0) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for axis in ("height", "lat", "line", "long", "samp"):
+        numbers |= {f"{axis}_off": 20.0, f"{axis}_scale": 1.0}
+    for axis in ("line", "samp"):
+        numbers |= {f"{axis}_{part}_coeff": [1.0, *[0.0] * 19] for part in ("num", "den")}
+    return {"rpcs": RPC(**{**numbers, "long_off": 20.0 + east})}
+
+
+@pytest.mark.fault("U8")
+@pytest.mark.parametrize("kind", [gcps, rpcs])
+def test_points_in_place_of_a_grid_are_shared_or_refused(tmp_path: Path, kind: Any) -> None:
+    a, b = (with_points(tmp_path / f"{n}.tif", **kind()) for n in "ab")
+    moved = with_points(tmp_path / "moved.tif", **kind(40))
+    plain = write_tif(tmp_path / "plain.tif", pixels(), crs=None, transform=None)
+    with open_scene(a, b) as scene:
+        assert not scene.grid.has_place and "the maps keep them" in scene.notes[-1]
+        path = tmp_path / "map.tif"
+        layer = GeoTiffMap(path, scene.grid, "uint8", [(0, 0, 0)])
+        layer.write(0, pixels()[0])
+        layer.finish()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(path) as file, rasterio.open(a) as date:
+            assert len(file.gcps[0]) == len(date.gcps[0]) and file.rpcs == date.rpcs
+    for other in (moved, plain, placed(tmp_path / "c.tif", UTM, from_origin(5e5, 5.2e6, 0.5, 0.5))):
+        for align in (False, True):
+            with pytest.raises(UserError, match="makes no grid; gdalwarp"):
+                open_scene(a, other, align=align).__enter__()
 
 
 @pytest.mark.fault("U8")

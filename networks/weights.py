@@ -24,6 +24,8 @@ from runtime.errors import UserError
 from runtime.files import read_torch_file
 
 OURS = "encoder.backbone."  # before the names in our checkpoints
+# that other tools put before the names, one or several
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "network.")
 TIMEOUT = 15  # seconds without an answer before a download is given up
 REMEDIES = (
     "give --weights PATH with a state dict of this backbone, "
@@ -66,7 +68,7 @@ def load_weights(encoder: Encoder, backbone: str, source: str) -> str:
         return words
     state = read_state_dict(Path(source))
     if backbone.startswith(TIMM) and not any(key.startswith(OURS) for key in state):
-        _check_is_timm(backbone, state, source)
+        state = _check_is_timm(backbone, state, source)
         state = _timm_state(backbone, source, pretrained_cfg_overlay={"state_dict": state})
     _fill(encoder, state, source)
     return source
@@ -202,31 +204,59 @@ def _timm_state(backbone: str, source: str, **options: Any) -> dict[str, Tensor]
     return {f"network.{key}": value for key, value in network.state_dict().items()}
 
 
-def _check_is_timm(backbone: str, state: dict[str, Tensor], source: str) -> None:
-    """Raise UserError unless a state dict has all weights; timm itself leaves gaps random."""
+def _check_is_timm(backbone: str, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a state dict that has all weights; timm itself leaves gaps random."""
     network = timm_network(backbone, features_only=False)
     head = network.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     wanted = {k: v for k, v in network.state_dict().items() if not (heads and k.startswith(heads))}
+    state = _without_prefixes(state, wanted)
     _check_fits(wanted, state, source)
+    return state
 
 
 def _fill(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
     if any(key.startswith(OURS) for key in state):
         state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
-    state = {k.removeprefix("module."): v for k, v in state.items()}
     wanted = encoder.backbone.state_dict()
+    state = _without_prefixes(state, wanted)
     _check_fits(wanted, state, source)
     encoder.backbone.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
 
 
+def _without_prefixes(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what other tools put before the names, until the first wanted one is there."""
+    first = next(iter(wanted))
+    while first not in state:
+        found = [p for p in PREFIXES if any(key.startswith(p) for key in state)]
+        if not found:
+            break
+        prefix = found[0]
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return state
+
+
 def _check_fits(wanted: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError unless a state dict holds the wanted tensors, and no more but a head's.
+
+    A deeper sibling holds all names of a shallower one and the same shapes: its layers that are
+    left over stand in parts that the backbone has, too, and a classifier's do not.
+    """
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if missing or shapes:
-        what = f"lacks {missing[0]}" if missing else f"has another shape for {shapes[0]}"
-        raise UserError(
-            f"{source}: does not fit the backbone: it {what} "
-            f"({len(missing)} missing, {len(shapes)} of other shape, {len(wanted)} wanted); "
-            "give weights of the same backbone, or change --backbone"
-        )
+    parts = {key.partition(".")[0] for key in wanted}
+    surplus = [k for k in state if k not in wanted and k.partition(".")[0] in parts]
+    if not (missing or shapes or surplus):
+        return
+    if missing:
+        what = f"lacks {missing[0]}"
+    elif shapes:
+        what = f"has another shape for {shapes[0]}"
+    else:
+        what = f"holds {surplus[0]} as well, a layer of another, deeper network"
+    names = ", ".join(sorted({key.partition(".")[0] for key in state})[:8])
+    raise UserError(
+        f"{source}: does not fit the backbone: it {what} ({len(missing)} missing, {len(shapes)} of "
+        f"other shape, {len(surplus)} too many, {len(wanted)} wanted; its names begin with "
+        f"{names}); give weights of the same backbone, or change --backbone"
+    )

@@ -79,6 +79,7 @@ ROWS = {
     "C7": "archive with ../, absolute path, link, bomb: refused, nothing written outside",
     "C8": "a download breaks off, lies, is a page or moved: resumed or refused, never half a set",
     "C9": "a checkpoint of a newer format: refused with the version",
+    "C11": "weights of a deeper sibling: refused; foreign prefixes: understood, or the names shown",
     "C10": "wrong types in any entry of a checkpoint: refused, and the entry is named",
     # several processes
     "P1": "one process or two: the same losses and scores",

@@ -99,7 +99,8 @@ def test_an_operator_that_changed_is_not_used(fault: str, monkeypatch: pytest.Mo
     def changed(self: Fused, x: Tensor, other: Tensor | None = None) -> Tensor:
         if fault == "raises":
             raise RuntimeError("no such operator")
-        return nn.functional.conv2d(x, self.weight, self.bias, *self.conv[1:2], self.conv[0])
+        padding, stride, *_ = self.conv
+        return nn.functional.conv2d(x, self.weight, self.bias, stride, padding)
 
     monkeypatch.setattr(Fused, "forward", changed)
     encoder, image = frozen("resnet18"), torch.rand(1, 3, 64, 64)
@@ -144,7 +145,7 @@ def test_a_module_that_cannot_be_followed_stays_whole() -> None:
 def test_a_snapshot_notices_writes_and_other_tensors() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     changes: list[Any] = [
-        lambda: network[0].weight.detach().add_(1),
+        lambda: network[0].get_parameter("weight").detach().add_(1),
         lambda: network[1].get_buffer("running_mean").zero_(),
         lambda: setattr(network[0], "weight", nn.Parameter(torch.zeros(4, 3, 1, 1))),
         lambda: setattr(network[0], "bias", None),

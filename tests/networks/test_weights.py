@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.models import resnet
+from torchvision.models import get_model, resnet
 
 from model import Encoder, build_model
 from networks import weights as pretrained
@@ -104,6 +104,43 @@ def test_wrong_files_are_refused_with_the_remedy(
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-5000])
     refused("not a readable PyTorch file")
+
+
+@pytest.mark.fault("C11")
+@pytest.mark.parametrize(("file", "name"), [
+    ("resnet34", "resnet18"), ("resnet101", "resnet50"), ("swin_s", "swin_t"),
+    ("convnext_small", "convnext_tiny"), ("resnet34", "timm:resnet18"),
+])  # fmt: skip
+def test_weights_of_a_deeper_sibling_are_refused(file: str, name: str, tmp_path: Path) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    with torch.device("meta"):
+        state = get_model(file).state_dict()
+    torch.save({k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}, tmp_path / "w")
+    with pytest.raises(UserError, match=r"holds \S+ as well, a layer of another, deeper network"):
+        load_weights(build_encoder(name), name, str(tmp_path / "w"))
+
+
+@pytest.mark.fault("C11")
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnet18"])
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "encoder.", "_orig_mod.module.model."])
+def test_known_prefixes_are_understood(prefix: str, name: str, state: dict, tmp_path: Path) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    others = {"decoder.0.weight": torch.zeros(3)}  # of the same checkpoint
+    torch.save({prefix + k: v for k, v in state.items()} | others, tmp_path / "w.pth")
+    encoder = build_encoder(name)
+    load_weights(encoder, name, str(tmp_path / "w.pth"))
+    found = encoder.backbone.state_dict()
+    first = found.get("conv1.weight", found.get("network.conv1.weight"))
+    assert first is not None and torch.equal(first, state["conv1.weight"])
+
+
+@pytest.mark.fault("C11")
+def test_unknown_names_are_shown(state: dict, encoder: Encoder, tmp_path: Path) -> None:
+    torch.save({f"trunk.{k}": v for k, v in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="its names begin with trunk"):
+        load_weights(encoder, "resnet18", str(tmp_path / "w.pth"))
 
 
 class Server(ThreadingHTTPServer):

@@ -659,8 +659,17 @@ def test_a_server_without_end_costs_one_warning(
     assert len(table(run_dir)) == 3
 
 
+ODD_ADDRESSES = {
+    "bracket": "http://[",
+    "empty": "http://",
+    "path": "//",
+    "port": "http://x:y:z",
+    "byte": "\udcff",
+}
+
+
 @pytest.mark.fault("R31")
-@pytest.mark.parametrize("address", ["http://[", "http://", "//", "http://x:y:z", "\udcff"])
+@pytest.mark.parametrize("address", ODD_ADDRESSES.values(), ids=ODD_ADDRESSES)  # as text for xdist
 def test_an_address_that_is_none_costs_one_warning(
     address: str, run_dir: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

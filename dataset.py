@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pairs.augment import Augment
 from pairs.bands import AS_STORED, Reading
@@ -86,6 +86,13 @@ class ChangeDataset(Dataset[Sample]):
         top = int(rng.integers(max(height - self.crop_size, 0) + 1))
         left = int(rng.integers(max(width - self.crop_size, 0) + 1))
         return self.augment(*self._window(number, top, left), rng)
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample] | UserError:
+        """Return the samples of a batch, or as a value why there are none: see `PairLoader`."""
+        try:
+            return [self[key] for key in keys]
+        except UserError as fault:
+            return fault
 
     def _window(self, number: int, top: int, left: int) -> Sample:
         channels = self.source.read(number, top, left, self.crop_size)
@@ -157,7 +164,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 class PairLoader(DataLoader[Sample]):
     """A `DataLoader` whose workers' faults arrive as one line, and which can end.
 
-    Whatever goes wrong with a batch is raised where the next `group` is asked for.
+    Whatever goes wrong with a batch is raised where the next `group` is asked for. A fault of the
+    data comes in place of the batch: torch would wrap what a worker raises into its traceback.
 
     Attributes:
         group: batches that are fetched before the first of them is given: those of an update.
@@ -184,13 +192,12 @@ class PairLoader(DataLoader[Sample]):
             with _signals_of_children_kept():
                 batches = super().__iter__()
             for number, batch in enumerate(batches, 1):  # noqa: B007
+                if isinstance(batch, UserError):
+                    raise batch
                 yield batch
-        except UserError as error:
+        except UserError:
             self.close()
-            # torch raises the worker's traceback as the message; its end is the original one
-            kind = type(error)
-            message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]
-            raise kind(message.rstrip()) from None
+            raise
         except Exception as error:
             fault = self._death(number) if "DataLoader worker" in str(error) else None
             self.close()
@@ -266,12 +273,17 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        collate_fn=_collated,
         worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
     )
     loader.group = group
     return loader
+
+
+def _collated(samples: list[Sample] | UserError) -> Any:
+    return samples if isinstance(samples, UserError) else default_collate(samples)
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:

@@ -273,6 +273,8 @@ class _Finder:
         def agreeing(given: Dates) -> int:
             return len(set.intersection(*(set(date.files) for date in given.values())))
 
+        if all(len(date.files) == agreeing(dates) for date in dates.values()):
+            return dates
         bare: dict[str, _Date] = {}
         for name, date in dates.items():
             cores = {_core(s, self.names[name]) or s: path for s, path in date.files.items()}

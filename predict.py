@@ -107,7 +107,6 @@ if __name__ == "__main__":  # the imports below take seconds; a wrong word is an
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mapping.grids import Grid
 from mapping.maps import Kinds, Output, SceneMaps, check_free, remove_set
@@ -123,6 +122,7 @@ from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_devic
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
 from runtime.files import whole_folder
+from runtime.progress import Bar
 from scoring.record import stored_threshold
 
 
@@ -455,12 +455,11 @@ def _bands(
     """Predict a scene under a progress bar."""
     grid = scene.grid
     megapixels = grid.height * grid.width / 1e6
-    with tqdm(
+    with Bar(
         total=megapixels,
         desc=name,
         unit="MP",
-        leave=False,
-        disable=True if rank() else None,  # where nobody watches
+        disable=rank() > 0,
         bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
     ) as bar:
 

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pairs.bands import AS_STORED, Reading
 from pairs.check import DataSummary, Keep, check
@@ -50,6 +49,7 @@ from pairs.splits import Layout, Pair
 from runtime.devices import available_memory
 from runtime.errors import UserError
 from runtime.files import ABANDONED, locked, whole_file
+from runtime.progress import Bar
 
 MAX_GB = 100.0  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory
@@ -418,7 +418,7 @@ def _decode_all(files: FileSource, build: _Build) -> None:
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         done = pool.map(decode, range(len(files)))
         try:
-            for _ in tqdm(done, "decoding", len(files), disable=None, leave=False, delay=1):
+            for _ in Bar(done, "decoding", total=len(files), unit="pairs", delay=1):
                 pass
         except BaseException:  # Ctrl-C: leave now, not after the pairs that are queued
             pool.shutdown(wait=True, cancel_futures=True)

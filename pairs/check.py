@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pairs.bands import AS_STORED, Reading
 from pairs.images import Bytes, Pixels, is_lossy, read_label, read_pixels
@@ -23,6 +22,7 @@ from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
 from pairs.memo import Memo, Stamp, stamp_of
 from pairs.splits import Layout, Pair, listing
 from runtime.errors import UserError, visible
+from runtime.progress import Bar
 
 # Takes a decoded pair: images (H, W, 3 or 4), see `Pixels.stacked`, and labels (H, W) as their
 # files write them
@@ -230,7 +230,7 @@ class _Reader:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             done = pool.map(lambda job: job(), jobs)
             try:
-                for new in tqdm(done, "reading", len(jobs), disable=None, leave=False, delay=1):
+                for new in Bar(done, "reading", total=len(jobs), unit="files", delay=1):
                     for (path, kind), record in new.items():
                         records[path] = record
                         if not record.fault:

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from pairs.layouts import ENDINGS, find_pairs
 from runtime.errors import FULL, UserError
 from runtime.files import locked
+from runtime.progress import Bar
 
 LICENCE = (
     "LEVIR-CD is for academic use only: H. Chen and Z. Shi, Remote Sensing 12(10), 2020, "
@@ -255,15 +254,7 @@ def _append(response: Any, part: Path, have: int, name: str) -> None:
     total = None if length is None else begins + length
     with (
         part.open("ab" if begins else "wb") as file,
-        tqdm(
-            desc=f"download {name}",
-            total=total,
-            initial=begins,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            leave=False,
-        ) as bar,
+        Bar(desc=f"download {name}", total=total, initial=begins, unit="B", unit_scale=True) as bar,
     ):
         received = 0
         while chunk := _read(response, 2**20):
@@ -391,7 +382,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 if fault := _fault(entry):
                     raise UserError(f"{archive}: its entry {entry.filename!r} {fault}; delete it")
             _check_room(archive, folder, sum(entry.file_size for entry in entries), len(entries))
-            for entry in tqdm(entries, f"unpack {archive.name}", disable=None, leave=False):
+            for entry in Bar(entries, f"unpack {archive.name}", unit="files"):
                 if Path(entry.filename).suffix.lower() in ENDINGS:  # what else may be inside
                     content.extract(entry, folder)  # checks each file's CRC
     except UserError:

@@ -12,7 +12,7 @@ SILENCE = 30  # seconds between two lines
 class Bar(tqdm):
     """Progress through `items`, or of what `update` counts; the arguments are tqdm's.
 
-    A log gets lines instead of a bar: "epoch 2/30: 40 of 100 batches, 0:31 passed, 0:46 left".
+    A log gets lines instead of a bar: "epoch 2/30: 40 % of 100 batches, 00:31 passed, 00:46 left".
     """
 
     def __init__(self, items: Iterable[Any] | None = None, desc: str = "", **more: Any) -> None:
@@ -20,7 +20,8 @@ class Bar(tqdm):
             more |= {"mininterval": SILENCE, "maxinterval": 2 * SILENCE, "delay": SILENCE}
             more |= {"smoothing": 0}  # an average over the whole, not the last seconds
             more["bar_format"] = (
-                "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left{postfix}"
+                "{desc}: {percentage:.0f} % of {total_fmt} {unit}, {elapsed} passed, "
+                "{remaining} left{postfix}"
             )
         super().__init__(items, desc, leave=False, **more)
 

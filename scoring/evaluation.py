@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from metrics import Confusion, ScoreHistogram, build_confusion
 from pairs.sources import Source, Subset
 from runtime.distributed import gather, rank, share
+from runtime.progress import Bar
 from scoring.corruptions import CORRUPTIONS, CorruptedSource
 from scoring.counts import (
     STEPS,
@@ -77,8 +76,7 @@ def evaluate_protocol(
         bar = f"{protocol} on {on}"
         predictions = _predict_share(predictor, pairs, protocol)
         own = len(share(pairs.pairs))
-        silent = True if rank() else None  # None: where nobody watches
-        return tqdm(predictions, bar, own, disable=silent, leave=False, unit="pair")
+        return Bar(predictions, bar, total=own, disable=rank() > 0, unit="pairs")
 
     points: dict[str, float | None] = {DEFAULT: None}
     on_val = predict(val, "val") if val is not None else []
@@ -167,10 +165,8 @@ def measure_robustness(
 
     first = next(iter(CORRUPTIONS))
     clean = score(first, CORRUPTIONS[first].neutral)
-    silent = True if rank() else None
     rows = {
-        step: score(*step)
-        for step in tqdm(steps, "robustness", disable=silent, leave=False, unit="level")
+        step: score(*step) for step in Bar(steps, "robustness", disable=rank() > 0, unit="levels")
     }
     return [
         rows.get((name, level), {**clean, "corruption": name, "level": level})

@@ -20,7 +20,7 @@ def test_a_log_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in Bar(range(3), "work", unit="pairs"):
         pass
     lines = log.getvalue().splitlines()
-    assert re.fullmatch(r"work: 1 of 3 pairs, 00:00 passed, 00:00 left", lines[0])
+    assert re.fullmatch(r"work: 33 % of 3 pairs, 00:00 passed, 00:00 left", lines[0])
     assert len(lines) == 3 and "\r" not in log.getvalue()
 
 

@@ -122,6 +122,12 @@ class Config:
         form=(r"0*[1-9]\d*[smh]?", "a time, such as 90s, 10m or 1h, or a number of updates: 500"),
     )
     draw_every: int = option(5, "epochs between pictures", above=0)
+    keep: str = option(
+        "needed",
+        "what stays of a run; all: also the weights of each epoch, and in MLflow a model that runs "
+        "without this repository",
+        choices=("needed", "all"),
+    )
     mlflow: bool = option(True, "log to MLflow as well")
 
 

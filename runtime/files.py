@@ -2,9 +2,11 @@
 
 whole_file      one file: written beside, then moved into place
 whole_folder    several files: they appear together when all of them are complete
+new_folder      a folder under a free name, which appears with all that is in it
 locked          what only one process may do at a time
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -14,7 +16,7 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,37 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                     path.replace(folder / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def new_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
+    """Make a folder that appears whole, as `wanted` or wanted-2, wanted-3, ... if that is taken.
+
+    Args:
+        wanted: a folder that is there already stays as it is.
+        fill: writes into the folder that it is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    beside = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        fill(beside)
+        for number in itertools.count(1):
+            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            if os.path.lexists(folder):
+                continue
+            try:
+                return beside.rename(folder)
+            except OSError:
+                if not os.path.lexists(folder):  # another process was no faster
+                    raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    raise AssertionError("unreachable")
 
 
 def _sweep(folder: Path) -> None:

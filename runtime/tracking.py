@@ -11,7 +11,7 @@ warning, and after three failures nobody asks again.
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,6 @@ class Tracker:
         guest: adds to a run that is another process's (an evaluation): its status and options in
             MLflow stay as they are. Where the store does not know the run, a new one says in a
             tag what it is an `evaluation_of`.
-        first_options: the options that stand first in the table of runs.
 
     Attributes:
         mlflow_run_id: for the checkpoint; what was given, where MLflow cannot be had this time.
@@ -77,10 +76,8 @@ class Tracker:
         mlflow_run_id: str | None = None,
         experiment: str = "change-detection",
         guest: bool = False,
-        first_options: Sequence[str] = (),
     ) -> None:
         self.mlflow_run_id = mlflow_run_id
-        self._first_options = list(first_options)
         options = flatten(config)
         self._csv: _Optional[MetricsTable] = _Optional("metrics.csv", max_failures=None)
         self._tensorboard: _Optional[TensorBoard] = _Optional("TensorBoard")
@@ -130,9 +127,8 @@ class Tracker:
     def log_summary(self, scores: Mapping[str, float], step: int) -> None:
         """Record a run's best scores: what the tables of runs compare."""
         values = {name: float(value) for name, value in scores.items()}
-        best = {f"best/{name}": value for name, value in values.items()}
-        self._tensorboard(lambda board: board.log_summary(values, self._first_options, step))
-        self._mlflow(lambda run: run.log(best, step))
+        self._tensorboard(lambda board: board.log_summary(values, step))
+        self._mlflow(lambda run: run.log_summary(values, step))
 
     def log_scores(self, scores: Mapping[str, float], step: int) -> None:
         """Record numbers that are no row of metrics.csv, such as those of a finished run's test."""

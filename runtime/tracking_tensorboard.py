@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from runtime.files import read_json, whole_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Option = bool | int | float | str
 HEADLINES = ("loss", "change_iou", "mean_iou_of_change", "scd_score")
 BEST = ("change_iou", "change_dice", "mean_iou_of_change", "scd_score")
+NAMES = ("name", "output_dir", "resume", "launch")  # options that say where, not how
+COLUMNS = "events.out.tfevents.0000000000.columns"
 PICTURE_WIDTH = 2000  # pixels; a card shows fewer, and event files are kept for good
 
 
@@ -60,20 +64,44 @@ class TensorBoard:
         scalars = [self.summary.scalar(chart_of(name), value) for name, value in values.items()]
         self._write(step, *scalars)
 
-    def log_summary(self, scores: Mapping[str, float], options: list[str], step: int) -> None:
-        """Write the row of this run in HPARAMS.
+    def log_summary(self, scores: Mapping[str, float], step: int) -> None:
+        """Write the row of this run in HPARAMS, and the columns of all runs beside it.
 
         Args:
             scores: of the best epoch.
-            options: the names of the options that stand first.
             step: the last epoch.
         """
         values = {f"summary/best {name}": scores[name] for name in BEST if name in scores}
-        order = [*(n for n in options if n in self.options), *self.options]
-        columns = {name: self.options[name] for name in order}
-        rows = self.summary.hparams(columns, values)
+        columns, start, end = self.summary.hparams(dict(self.options), values)
         dots = [self.summary.scalar(name, value) for name, value in values.items()]
-        self._write(step, *rows, *dots)
+        self._write(step, start, end, *dots)
+        self._write_columns(columns)
+
+    def _write_columns(self, summary: Any) -> None:
+        """Say which options differ between the runs in this folder: TensorBoard shows those first.
+
+        TensorBoard takes the columns of the first run that has any, so they stand in a file above
+        all runs, which each run that ends writes anew.
+        """
+        from tensorboard.plugins.hparams.metadata import (  # type: ignore[import-untyped]
+            PLUGIN_NAME,
+        )
+        from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import-untyped]
+            HParamsPluginData,
+        )
+
+        runs = self.path.parent.parent
+        found = [read_json(folder / "config.json") for folder in runs.glob("[!.]*")]
+        others = [options for options in found if isinstance(options, dict)]
+        metadata = summary.value[0].metadata.plugin_data
+        assert metadata.plugin_name == PLUGIN_NAME
+        content = HParamsPluginData.FromString(metadata.content)
+        for info in content.experiment.hparam_infos:
+            seen = {repr(options.get(info.name)) for options in others}
+            info.differs = len(seen) > 1 and info.name not in NAMES
+        metadata.content = content.SerializeToString()
+        with whole_file(runs / COLUMNS) as beside:
+            beside.write_bytes(_records(_version(), _event(0, summary)))
 
     def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         """Add a picture, as a PNG of at most `PICTURE_WIDTH`."""
@@ -109,7 +137,7 @@ class TensorBoard:
             SessionLog,
         )
 
-        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._append(_version())
         if first_step:
             start = SessionLog(status=SessionLog.START)
             self._append(Event(wall_time=time.time(), step=first_step, session_log=start))
@@ -118,24 +146,13 @@ class TensorBoard:
         self._write(first_step, self.summary.text("config", text))
 
     def _write(self, step: int, *summaries: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
         if not self.path.exists():  # the run's folder was removed
             self._start(0)
-        now = time.time()
-        self._append(*(Event(wall_time=now, step=step, summary=s) for s in summaries))
+        self._append(*(_event(step, summary) for summary in summaries))
 
     def _append(self, *events: Any) -> None:
         """Append events, all or none: half of one would hide what comes after it."""
-        from tensorboard.summary.writer.record_writer import (  # type: ignore[import-untyped]
-            RecordWriter,
-        )
-
-        content = io.BytesIO()
-        records = RecordWriter(content)
-        for event in events:
-            records.write(event.SerializeToString())
-        left = content.getbuffer()
+        left = memoryview(_records(*events))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
@@ -146,6 +163,30 @@ class TensorBoard:
                 with suppress(OSError):
                     file.truncate(size)
                 raise
+
+
+def _version() -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return Event(wall_time=time.time(), file_version="brain.Event:2")
+
+
+def _event(step: int, summary: Any) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return Event(wall_time=time.time(), step=step, summary=summary)
+
+
+def _records(*events: Any) -> bytes:
+    from tensorboard.summary.writer.record_writer import (  # type: ignore[import-untyped]
+        RecordWriter,
+    )
+
+    content = io.BytesIO()
+    records = RecordWriter(content)
+    for event in events:
+        records.write(event.SerializeToString())
+    return content.getvalue()
 
 
 def chart_of(name: str) -> str:

@@ -9,11 +9,8 @@ With several checkpoints the last three lie in a folder for each.
 """
 
 import csv
-import itertools
 import math
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,7 @@ from matplotlib.figure import Figure
 from metrics import change_scores
 from runtime.checkpoint import digest_of
 from runtime.errors import UserError
-from runtime.files import read_json
+from runtime.files import new_folder, read_json
 from runtime.options import written_at
 from runtime.tracking import Tracker
 from scoring.counts import ImageCounts
@@ -142,20 +139,10 @@ def write_folder(wanted: Path, fill: Callable[[Path], None]) -> Path:
     Raises:
         UserError: nothing can be written there.
     """
-    # not the number of this process: in a container it is that of a killed one before
-    beside = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        beside.mkdir(parents=True)
-        fill(beside)
-        for number in itertools.count(1):
-            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            if not folder.exists():
-                return beside.rename(folder)
+        return new_folder(wanted, fill)
     except OSError as error:
         raise UserError(f"{wanted}: cannot be written ({error.strerror}); --output-dir") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    raise AssertionError("unreachable")
 
 
 def log_results(

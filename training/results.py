@@ -144,7 +144,8 @@ class Results:
         scores = {name: value for name, value in best.items() if name != "epoch"}
         self.tracker.log_summary(scores, learner.progress.epoch)
         self.tracker.log_artifact(best_file)
-        self.tracker.log_model(model)
+        if self.run.config.keep == "all":
+            self.tracker.log_model(model)
 
     def summary(self, store: Path) -> str:
         """Return the table at the end of a run; `store` is the folder of mlflow.db."""
@@ -206,5 +207,5 @@ def _mlflow_lines(store: Path) -> list[str]:
     return [
         f"MLflow      cd {shlex.quote(str(store))} && "
         "mlflow ui --workers 1 --backend-store-uri sqlite:///mlflow.db",
-        "            http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning",
+        "            http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=best",
     ]

@@ -46,8 +46,6 @@ from training.run_folder import (
 )
 from training.splits import Data
 
-NAMES = ("name", "output_dir", "resume")  # options that say where, not how
-
 
 @dataclass
 class Run:
@@ -109,21 +107,14 @@ class Run:
 
     def open_tracker(self, data: Data, store: Path) -> Tracker:
         """Return the tracker of the run; `store` is the folder of mlflow.db."""
-        defaults = type(self.config)()
-        options = as_dict(self.config)
         tracker = Tracker(
             self.folder,
-            config=options,
+            config=as_dict(self.config),
             tags={"dataset": data.name, "weights": self.weights},
             store=store,
             use_mlflow=self.config.mlflow,
             first_step=self.first_epoch,
             mlflow_run_id=self.mlflow_run_id,
-            first_options=[
-                name
-                for name, value in as_dict(defaults).items()
-                if options[name] != value and name not in NAMES
-            ],
         )
         self.mlflow_run_id = tracker.mlflow_run_id
         tracker.log_datasets(
@@ -177,6 +168,8 @@ class Run:
         if self.is_best(scores):
             self.best = {"epoch": learner.progress.epoch, **scores}
             self._write("best.pt", {"model": learner.model})
+        if self.config.keep == "all":
+            self._write(f"epoch-{learner.progress.epoch:04}.pt", {"model": learner.model})
         self.save_if_due(learner, is_due=True)
 
     @contextmanager

@@ -8,8 +8,6 @@ Every path inside is relative, so the folder can be moved or copied to another m
 is written beside and moved into place: a process may be killed at any moment.
 """
 
-import itertools
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 from runtime.checkpoint import previous_of, read_checkpoint
 from runtime.errors import UserError
-from runtime.files import is_there, locked, read_json, write_json
+from runtime.files import is_there, locked, new_folder, read_json, write_json
 from runtime.options import newest_runs, written_at
 
 OPTIONS = "config.json"
@@ -31,23 +29,13 @@ def new_run_folder(output_dir: Path, name: str, options: Mapping[str, Any]) -> P
         UserError: the name leaves the folder, or nothing can be written there.
     """
     check_name(name)
-    beside = output_dir / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        beside.mkdir(parents=True)
-        write_json(beside / OPTIONS, options)
+        return new_folder(output_dir / name, lambda folder: write_json(folder / OPTIONS, options))
     except FileExistsError:
         raise UserError(f"--output-dir {output_dir}: is a file, not a folder") from None
     except OSError as error:
         reason = f"cannot be made ({error.strerror})"
         raise UserError(f"{output_dir / name}: {reason}; --output-dir") from None
-    for number in itertools.count(1):
-        folder = output_dir / (name if number == 1 else f"{name}-{number}")
-        try:
-            return beside.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    raise AssertionError("unreachable")
 
 
 @contextmanager

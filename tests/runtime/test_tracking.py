@@ -280,6 +280,33 @@ def test_tensorboard_has_curves_picture_options_and_charts(run_dir: Path) -> Non
     assert len(list(run_dir.glob("events*"))) == 1
 
 
+def test_options_that_differ_stand_first_in_the_table_of_runs(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import metadata  # type: ignore[import-untyped]
+
+    for name, lr in (("b", 0.1), ("a", 0.2), ("c", 0.1)):
+        run_dir, options = make(tmp_path / name), {"lr": lr, "epochs": 3, "name": name}
+        (run_dir / "config.json").write_text(json.dumps(options))
+        with without_mlflow(run_dir, config=options) as tracker:
+            tracker.log_summary({"change_iou": 0.5}, 1)
+    content = events(tmp_path).SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    differs = {info.name: info.differs for info in experiment.hparam_infos}
+    assert differs == {"lr": True, "epochs": False, "name": False}
+    assert [info.name.tag for info in experiment.metric_infos] == ["summary/best change_iou"]
+
+
+def test_mlflow_shows_the_best_scores_and_what_differs(store: Path, tmp_path: Path) -> None:
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        with track(make(tmp_path / name), store, config={"lr": lr, "epochs": 3}) as tracker:
+            tracker.log_summary({"change_iou": 0.5, "accuracy": 0.9}, 1)
+    group = client(store).get_experiment_by_name("change-detection")
+    view = json.loads(group.tags["mlflow.sharedViewState.best"])
+    assert view["selectedColumns"][1:] == [
+        "metrics.`val_best/change_iou`", "metrics.`val/loss`", "params.`lr`",
+    ]  # fmt: skip
+    assert view["orderByKey"] == "metrics.`val_best/change_iou`"
+
+
 def test_tensorboard_forgets_what_a_resumed_run_repeats(run_dir: Path) -> None:
     with without_mlflow(run_dir) as tracker:
         for step in (1, 2, 3):
@@ -365,7 +392,7 @@ def test_mlflow_has_the_whole_run(store: Path, run_dir: Path, warned: list[str])
     assert run.info.run_name == "first run"
     assert run.data.params == {"lr": "0.001", "epochs": "3", "amp": "None",
                                "mask_values": "(0, 255)", "encoder.depth": "5"}  # fmt: skip
-    assert run.data.metrics == {"train/loss": 0.25, "IoU___": 50.0, "best/change_iou": 0.75}
+    assert run.data.metrics == {"train/loss": 0.25, "IoU___": 50.0, "val_best/change_iou": 0.75}
     assert run.data.tags["non_finite_metrics"] == "2"
     assert run.data.tags["dataset"] == "toy"
     history = client(store).get_metric_history(tracker.mlflow_run_id, "train/loss")

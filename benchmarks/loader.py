@@ -75,11 +75,13 @@ def ours(dataset: ChangeDataset, samples: int) -> Work:
 def proving(dataset: ChangeDataset, *, first: bool) -> Work:
     """An epoch in the order of the pairs, the first in its process or a later one."""
     source = dataset.source
-    assert isinstance(source, CachedSource) and source._mapped is not None
+    assert isinstance(source, CachedSource)
+    mapped = source._mapped
+    assert mapped is not None
 
     def work() -> float:
         if first:
-            source._mapped.proved = bytearray(len(source))
+            mapped.proved = bytearray(len(source))
         for index in range(len(dataset)):
             dataset[0, index]
         return float(len(dataset))

@@ -16,149 +16,36 @@ caches that were used longest ago go when all together exceed a limit.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
-import tempfile
-import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from pairs.bands import AS_STORED, Reading
-from pairs.check import DataSummary, Keep, check
-from pairs.images import Bytes, read_size
+from pairs.build import Build, hash_classes, short_hash
+from pairs.check import DataSummary, check
+from pairs.images import read_size
 from pairs.labels import Classes, MaskCoding
 from pairs.memo import Stamp
+from pairs.records import Keep
 from pairs.sources import (
     CachedSource,
     FileSource,
     Source,
-    encode_labels,
-    holes_in,
     offsets_of,
-    stack_files,
 )
 from pairs.splits import Layout, Pair
 from runtime.devices import available_memory
 from runtime.errors import UserError
-from runtime.files import ABANDONED, locked, whole_file
+from runtime.files import ABANDONED, locked
 from runtime.progress import Bar
 
 MAX_GB = 100.0  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory
 PATIENCE = 24 * 3600  # seconds to wait for another process that builds
-
-
-class _Build:
-    """A cache that is being filled, in a file or in memory.
-
-    Pairs come in any order, from several threads, with labels as their files write them. These
-    become classes at the end, when it is known what their values mean.
-
-    Args:
-        pairs: what it will hold.
-        sizes: (height, width) of each pair.
-        folder: of the caches; None fills memory.
-        name: of the cache, without <classes>.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        sizes: Sequence[tuple[int, int]],
-        folder: Path | None = None,
-        name: str = "",
-    ) -> None:
-        self.pairs, self.sizes, self.name = tuple(pairs), list(sizes), name
-        self.offsets = offsets_of(self.pairs, self.sizes)
-        self.fault: OSError | None = None
-        self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
-        self._sums = len(self.pairs) * [0]
-        self._holes: dict[int, Bytes] = {}  # by number, eight pixels a byte
-        self._lock = threading.Lock()
-        self._memory = torch.empty(0 if folder else self.offsets[-1], dtype=torch.uint8)
-        self._path: Path | None = None
-        if folder:
-            number, path = tempfile.mkstemp(suffix=".unfinished", dir=folder)
-            self._file, self._path = os.fdopen(number, "w+b"), Path(path)
-
-    def put(self, pair: Pair, arrays: Sequence[Bytes]) -> None:
-        """Take the decoded files of a pair; a full disk is a `fault` that shows at the end."""
-        number = self._numbers[pair]
-        channels = stack_files(pair, arrays)
-        if channels.shape[1:] != self.sizes[number]:
-            raise UserError(f"{pair.label}: {channels.shape[1:]} is not {self.sizes[number]}")
-        self._sums[number] = zlib.crc32(channels[:6].data)
-        if (holes := holes_in(arrays)) is not None:
-            self._holes[number] = np.packbits(holes)
-        try:
-            self._write(self.offsets[number], channels)
-        except OSError as error:
-            self.fault = error
-
-    def finish(self, files: FileSource) -> CachedSource:
-        """Return the cache of all pairs.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        if self.fault:
-            raise self.fault
-        for number, pair in enumerate(self.pairs):
-            height, width = self.sizes[number]
-            start, end = self.offsets[number] + 6 * height * width, self.offsets[number + 1]
-            raw = self._read(start, end).reshape(-1, height, width)
-            holes = None
-            if number in self._holes:
-                bits = np.unpackbits(self._holes[number], count=height * width)
-                holes = bits.reshape(height, width).astype(bool)
-            classes = encode_labels(pair, raw, files.encoding, holes)
-            self._write(start, classes)
-            self._sums[number] = zlib.crc32(classes.data, self._sums[number])
-        if self._path is None:
-            return CachedSource(files, self._memory)
-        sums = np.array(self._sums, "<u4")
-        sums = np.append(sums, np.array([zlib.crc32(sums.data)], "<u4"))
-        self._write(self.offsets[-1], sums)
-        self._file.close()
-        place = self._path.parent / f"{self.name}-{_hash_classes(files.encoding)}.pixels"
-        with whole_file(place) as beside:
-            self._path.replace(beside)
-        return CachedSource(files, place)
-
-    def discard(self) -> None:
-        """Leave nothing behind of a cache that was not finished."""
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-
-    def _write(self, start: int, data: np.ndarray) -> None:
-        if self._path is None:
-            self._memory.numpy()[start : start + data.size] = data.ravel()
-            return
-        with self._lock:
-            self._file.seek(start)
-            self._file.write(data.data)
-            self._file.flush()
-
-    def _read(self, start: int, end: int) -> Bytes:
-        if self._path is None:
-            return self._memory.numpy()[start:end]
-        with self._lock:
-            self._file.seek(start)
-            return np.frombuffer(self._file.read(end - start), np.uint8)
 
 
 class _Store:
@@ -193,7 +80,7 @@ class _Store:
         sizes: Sequence[tuple[int, int]] | None = None,
         is_lost: bool = False,
         on_disk: bool = True,
-    ) -> _Build | None:
+    ) -> Build | None:
         """Return what is to take the decoded pairs; None if a cache is there, or none is wanted.
 
         Args:
@@ -217,7 +104,7 @@ class _Store:
                 if may_be_there and self._has(name):  # another process has built it meanwhile
                     return None
                 self._make_room(name, size)
-                return self._filling(_Build(pairs, sizes, self.folder, name))
+                return self._filling(Build(pairs, sizes, self.folder, name))
             except OSError as error:
                 self._without_disk(error, size)
         has_room = size + self._promised + SPARE_BYTES < available_memory()
@@ -226,18 +113,18 @@ class _Store:
         elif not has_room:
             raise UserError(f"--cache ram: takes {size / 1e9:.1f} GB of memory; try --cache disk")
         if has_room:
-            return self._filling(_Build(pairs, sizes))
+            return self._filling(Build(pairs, sizes))
         self._refused.add(name)
         return None
 
-    def open(self, files: FileSource, build: _Build | None) -> Source:
+    def open(self, files: FileSource, build: Build | None) -> Source:
         """Return the pairs: out of their cache, the one that was filled, or one filled now."""
         on_disk, name = True, _name(files.pairs, files.stamps, self.reading)
         if self.cache == "none" or name in self._refused:
             return files
         if build is None and self.cache != "ram":
             with contextlib.suppress(OSError):
-                path = self.folder / f"{name}-{_hash_classes(files.encoding)}.pixels"
+                path = self.folder / f"{name}-{hash_classes(files.encoding)}.pixels"
                 source = CachedSource(files, path)
                 if source.is_whole():
                     with contextlib.suppress(OSError):
@@ -261,7 +148,7 @@ class _Store:
                 return files
             _decode_all(files, build)
 
-    def _filling(self, build: _Build) -> _Build:
+    def _filling(self, build: Build) -> Build:
         self._promised += build.offsets[-1]
         self._held.callback(build.discard)
         return build
@@ -371,7 +258,7 @@ def open_splits(
     Raises:
         UserError: as `check` and `open_source`.
     """
-    builds: dict[str, _Build | None] = {}
+    builds: dict[str, Build | None] = {}
     with _Store(cache, folder, max_gb, reading) as store:
 
         def begin(stamps: Mapping[Path, Stamp]) -> dict[str, Keep]:
@@ -406,7 +293,7 @@ def open_splits(
     return checked, sources
 
 
-def _decode_all(files: FileSource, build: _Build) -> None:
+def _decode_all(files: FileSource, build: Build) -> None:
     """Decode every pair once, in threads: Pillow decodes without the GIL."""
 
     def decode(number: int) -> None:
@@ -429,12 +316,4 @@ def _name(pairs: Sequence[Pair], stamps: Mapping[Path, Stamp], reading: Reading)
     """Return the name of the cache of these files as they are now, without <classes>."""
     paths = [path for pair in pairs for path in pair.files]
     identity = [repr(reading), *(str(path.absolute()) for path in paths)]
-    return f"{_hash(identity)}-{_hash([stamps[path] for path in paths])}"
-
-
-def _hash_classes(encoding: MaskCoding) -> str:
-    return _hash((encoding.values, encoding.colors))
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{short_hash(identity)}-{short_hash([stamps[path] for path in paths])}"

@@ -21,6 +21,7 @@ from test_dataset import CODING, SIZES, digest
 import dataset as datasets
 from pairs import cache as caching
 from pairs.augment import Augment
+from pairs.build import Build
 from pairs.cache import MAX_GB, open_source, open_splits
 from pairs.labels import Classes, MaskCoding
 from pairs.layouts import find_pairs
@@ -282,17 +283,17 @@ def test_two_that_build_one_cache_without_locks_spoil_nothing(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_locks(monkeypatch)
-    put = caching._Build.put
+    put = Build.put
     others: list[Source] = []
     begun: list[bool] = []
 
-    def slow(self: caching._Build, pair: Pair, arrays: Sequence[Bytes]) -> None:
+    def slow(self: Build, pair: Pair, arrays: Sequence[Bytes]) -> None:
         if not begun:  # a second process comes while the first is in the middle
             begun.append(True)
             others.append(opened(data))
         put(self, pair, arrays)
 
-    monkeypatch.setattr(caching._Build, "put", slow)
+    monkeypatch.setattr(Build, "put", slow)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     first = opened(data)
     monkeypatch.undo()
@@ -318,7 +319,7 @@ def test_the_rest_of_a_killed_build_goes_in_time_where_there_are_no_locks(
 
 def test_a_cold_start_decodes_each_file_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    for module in ("check", "sources"):
+    for module in ("records", "sources"):
         for name in ("read_pixels", "read_label"):
             reader = getattr(importlib.import_module(f"pairs.{module}"), name)
 

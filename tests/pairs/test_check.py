@@ -10,7 +10,7 @@ import pytest
 from data_helpers import mask_of, picture, save, save_pair, save_tree
 from PIL import Image
 
-from pairs import check as data_check
+from pairs import records
 from pairs.check import DataSummary, check
 from pairs.labels import Classes
 from pairs.layouts import find_pairs
@@ -163,7 +163,7 @@ def test_memo_reads_nothing_twice_and_notices_changes(
         return reader
 
     for name in ("read_pixels", "read_label"):
-        monkeypatch.setattr(data_check, name, spy(getattr(data_check, name)))
+        monkeypatch.setattr(records, name, spy(getattr(records, name)))
     data, memo = save_tree(tmp_path / "data", train=2, val=1), tmp_path / "new" / "memos"
     first = checked(data, memo=memo)
     assert len(read) == 9

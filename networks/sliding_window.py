@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from networks.fused import prediction_copy
 from runtime.devices import Precision, pick_precision
 from runtime.distributed import agree, all_reduce_, share
 
@@ -189,7 +190,9 @@ def _forward(
     total: Tensor | None = None
     for axes in views:
         with precision.autocast(before.device):
-            logits = model(before.flip(axes), after.flip(axes))
+            dtype = precision.dtype or torch.float32
+            fast = prediction_copy(model, dtype, before, after)
+            logits = fast(before.flip(axes), after.flip(axes))
         logits = logits.float().flip(axes)
         total = logits if total is None else total + logits
     assert total is not None

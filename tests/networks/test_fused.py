@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model import build_model
 from networks import fused
 from networks.encoders import Encoder, build_encoder
-from networks.fused import Fused, Snapshot, fast_copy
+from networks.fused import Fused, Snapshot, fast_copy, prediction_copy
 
 NAMES = ["resnet18", "resnet50", "efficientnet_lite0", "convnext_tiny", "swin_t"]
 TIMM = ["tf_efficientnet_lite0", "mobilenetv3_small_100", "regnety_002", "resnet10t"]
@@ -163,3 +164,39 @@ def test_padding_is_that_of_tensorflow() -> None:
     x = torch.ones(1, 1, 4, 5)
     assert fused.pad_same(x, (3, 3), (2, 2)).shape == (1, 1, 5, 7)  # 0 + 1 rows, 1 + 1 columns
     assert fused.pad_same(x, (3, 3), (2, 2))[0, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
+@torch.no_grad()
+def test_a_model_predicts_with_all_of_it_fused(fusion: str, freeze: bool) -> None:
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet18", fusion=fusion, freeze_backbone=freeze).eval()
+    names = list(model.state_dict())
+    before, after = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
+    twin = prediction_copy(model, torch.float32, before, after)
+    assert twin is not model and prediction_copy(model, torch.float32, before, after) is twin
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in [*twin.decoder.modules()])  # type: ignore[union-attr]
+    assert error(twin(before, after), model(before, after)) < 1e-5
+    # the encoder's weights are shared, and the model is as it was
+    assert twin.encoder.backbone is model.encoder.backbone
+    assert list(model.state_dict()) == names and model.encoder.frozen is freeze
+    model.head.weight.mul_(2)
+    again = prediction_copy(model, torch.float32, before, after)
+    assert again is not twin and error(again(before, after), model(before, after)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        low = prediction_copy(model, torch.bfloat16, before, after)
+        exact = again(before, after)
+        assert error(low(before, after), exact) <= 1.2 * error(model(before, after), exact)
+
+
+@torch.no_grad()
+def test_a_model_whose_copy_fails_predicts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(backbone="resnet18").eval()
+    before, after = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+
+    def changed(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(Fused, "forward", changed)
+    assert prediction_copy(model, torch.float32, before, after) is model

@@ -336,9 +336,13 @@ class ScoreHistogram:
 
     def add(self, bins: Tensor, target: Tensor) -> None:
         """Add a bin of each pixel and its target of the same shape, 255 = ignore."""
-        valid = target != IGNORE
-        slot = (target[valid] > 0) * self.num_bins + bins[valid]
-        self.counts += torch.bincount(slot, minlength=2 * self.num_bins).view(2, -1)
+        # by addition into slots, the last one for ignored pixels: neither a mask as an index nor
+        # `bincount` knows the size of its result without waiting for a GPU
+        num_slots = 2 * self.num_bins
+        slot = ((target > 0) * self.num_bins + bins).where(target != IGNORE, num_slots).flatten()
+        counts = self.counts.new_zeros(num_slots + 1)
+        counts.scatter_add_(0, slot, torch.ones_like(slot))
+        self.counts += counts[:-1].view(2, -1)
 
     def at_thresholds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return TP, FP and FN at the thresholds i / N, each (N,) int64 on the CPU."""

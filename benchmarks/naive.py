@@ -1,7 +1,7 @@
 """The baseline: the same job as a notebook's author writes it, neither crippled nor tuned.
 
 Files are decoded and resized in `__getitem__`, jittered with Pillow and loaded without workers; the
-encoder runs once per date with autograd on, in float32 and PyTorch's default layout; the decoder
+encoder, frozen, runs once per date, in float32 and PyTorch's default layout; the decoder
 has a textbook U-Net's widths, on the concatenated features of both dates; the scores of each batch
 leave the device at once. Every ratio of these benchmarks is against it.
 """

@@ -108,7 +108,7 @@ class Unfolded(Encoder):
 
 
 class WithAutograd(Encoder):
-    """Frozen as most frameworks freeze: no parameter learns, but autograd looks on."""
+    """Frozen, but autograd keeps every map for a gradient to the pixels, which nobody asks for."""
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """See Encoder."""
@@ -138,7 +138,7 @@ def variants(arguments: Any, device: torch.device, steps: int) -> dict[str, Call
         "ours": lambda: train(ours(), device, batch, steps),
         "ours, BatchNorm not folded": lambda: train(ours(Unfolded), device, batch, steps),
         "ours, one date after the other": lambda: train(ours(TwoPasses), device, batch, steps),
-        "ours, autograd in the encoder": lambda: train(ours(WithAutograd), device, batch, steps),
+        "ours, a gradient to the pixels": lambda: train(ours(WithAutograd), device, batch, steps),
         "ours, the encoder learns": lambda: train(
             ours(freeze_backbone=False), device, batch, steps
         ),

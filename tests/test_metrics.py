@@ -347,3 +347,11 @@ def test_semantic_change_is_where_its_probability_says() -> None:
     histogram = ScoreHistogram()
     histogram.update(logits, torch.zeros(2, 2, 5, 5, dtype=torch.uint8), task="semantic")
     assert histogram.counts.sum() == 50
+
+
+def test_the_histogram_waits_for_no_device() -> None:
+    """On "meta" there are no numbers, so whatever has to look at one fails."""
+    histogram = ScoreHistogram("meta")
+    histogram.update(torch.zeros(2, 1, 4, 4, device="meta"), torch.zeros(2, 4, 4, device="meta"))
+    histogram.update(torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, 4, 4, device="meta"))
+    assert histogram.counts.device.type == "meta"

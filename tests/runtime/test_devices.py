@@ -52,3 +52,15 @@ def test_the_rest_answers() -> None:
     assert pick_workers(11, 4) == 11
     assert "threads" in describe(CPU)
     keep_freed_memory()
+
+
+def test_a_gpu_gets_its_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert pick_device("auto").type == "cuda"
+    assert torch.backends.cudnn.benchmark and asked == ["high"]
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.benchmark

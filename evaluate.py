@@ -2,9 +2,10 @@
 
 Every protocol side by side, at the model's own threshold and at the one chosen on val; intervals,
 curves, calibration, the worst pairs; `--robustness` corrupts the later date. Several checkpoints
-(seeds) give mean and standard deviation. All of it goes to <run>/evaluation/<split>/, or with
-several checkpoints beside their runs, and to the MLflow run of the training. Started by torchrun,
-several processes share the images.
+(seeds) give mean and standard deviation; `--compare runs/a runs/b` says whether b is better than a.
+All of it goes to <run>/evaluation/<split>/, or with several checkpoints beside their runs, and to
+the MLflow run of the training; report.html there opens in any browser. Started by torchrun, several
+processes share the images.
 """
 
 import contextlib
@@ -68,6 +69,9 @@ class Config:
     window: int = option(512, "side of a sliding window", above=0)
     overlap: int = option(128, "overlap of neighbouring windows, in pixels", at_least=0)
     min_object: int = option(MIN_PIXELS, "pixels of the smallest object that counts", above=0)
+    compare: bool = option(
+        False, "each model minus the first: difference in change IoU, paired bootstrap over images"
+    )
     robustness: bool = option(False, "score with the later date shifted, turned, blurred, ...")
     robustness_pairs: int = option(
         64, "pairs for --robustness, spread over the split; 0: all", at_least=0
@@ -101,6 +105,8 @@ if __name__ == "__main__":  # the imports below take seconds; a wrong word is an
         check=lambda given: [find_model(word) for word in given.checkpoints],
     )
 
+import torch
+
 from model import restore_model
 from pairs.bands import Reading
 from pairs.cache import open_splits
@@ -128,10 +134,18 @@ from scoring.evaluation import (
     evaluate_protocol,
     measure_robustness,
 )
-from scoring.figures import draw_all
+from scoring.figures import draw_all, worst_views
 from scoring.protocols import PATCH_SIZE, PROTOCOLS, Predictor
-from scoring.record import Evaluated, check_writable, log_results, write_results
-from scoring.report import Report, as_json, protocols_report, summarize, text
+from scoring.record import check_writable, log_results, write_results
+from scoring.report import (
+    Evaluated,
+    Report,
+    as_json,
+    comparison,
+    protocols_report,
+    summarize,
+    text,
+)
 
 
 def score(given: dict[str, Any]) -> None:
@@ -148,7 +162,7 @@ def evaluate(given: dict[str, Any]) -> Report:
     """Evaluate from the options that a command line gives.
 
     Returns:
-        Every number, as `score_report.py` describes.
+        Every number, as `scoring/report.py` describes.
 
     Raises:
         UserError: anything the user can mend.
@@ -156,12 +170,14 @@ def evaluate(given: dict[str, Any]) -> Report:
     config = Config(**given)
     protocols = choose_protocols(config)
     checkpoints = read_checkpoints(config.checkpoints)
-    first = next(iter(checkpoints.values()))
+    if config.compare and len(checkpoints) < 2:
+        raise UserError("--compare: give two models or more")
     device = pick_device(config.device, local_rank())
     amp = pick_precision(config.amp, device)
     keep_freed_memory()
     with in_turn():
-        data = open_data(config, first, next(iter(checkpoints)))
+        first, state = next(iter(checkpoints.items()))
+        data = open_data(config, state, first)
     wanted = Path(config.output_dir) if config.output_dir else None
     from_rank_0(lambda: check_writable(wanted or next(iter(checkpoints)).parent))
     print(
@@ -170,51 +186,65 @@ def evaluate(given: dict[str, Any]) -> Report:
         flush=True,
     )
     protocols, note = leave_out_equal_ones(protocols, data, config.window)
-
-    measured: list[Measured] = []
-    for path, state in checkpoints.items():
-        check_classes(state["data"], data.names, path)
-        predictor = Predictor(
-            restore_model(state, path).to(device).eval(),
-            amp=amp,
-            batch_size=config.batch_size or state["config"].get("batch_size", 8),
-            num_workers=pick_workers(config.workers, local_world_size()),
-            window=config.window,
-            overlap=config.overlap,
-        )
-        measured.append(measure(config, predictor, protocols, data))
+    measured = [
+        measure(config, predictor_of(config, path, state, data, device, amp), protocols, data)
+        for path, state in checkpoints.items()
+    ]
 
     def publish() -> Report:
         evaluated = [
             describe_checkpoint(config, path, state, found, data)
             for (path, state), found in zip(checkpoints.items(), measured, strict=True)
         ]
-        report = report_of(config, data, evaluated, predictor.rule, note)
+        report = report_of(config, data, evaluated, measured[0].rule, note)
         folder = write_results(wanted, report, evaluated)
         log_results(folder, report, evaluated, store=ROOT, use_mlflow=config.mlflow)
-        print(f"\n{text(report)}\n\nfiles   {folder}")
+        print(f"\n{text(report)}\n\nfiles   {folder}\nlook    {folder / 'report.html'}")
         return report
 
     return from_rank_0(publish)
 
 
+def predictor_of(
+    config: Config, path: Path, state: dict[str, Any], data: "Data", device: torch.device, amp: str
+) -> Predictor:
+    """Build the model of a checkpoint, and say how to ask it.
+
+    Raises:
+        UserError: its classes are not those of the data, or it is broken.
+    """
+    check_classes(state["data"], data.names, path)
+    return Predictor(
+        restore_model(state, path).to(device).eval(),
+        amp=amp,
+        batch_size=config.batch_size or state["config"].get("batch_size", 8),
+        num_workers=pick_workers(config.workers, local_world_size()),
+        window=config.window,
+        overlap=config.overlap,
+    )
+
+
 def report_of(
     config: Config, data: "Data", evaluated: Sequence[Evaluated], rule: str, note: str
 ) -> Report:
-    """Put the reports of all checkpoints together, see `score_report.py`."""
+    """Put the reports of all checkpoints together, see `scoring/report.py`."""
     runs = [one.report for one in evaluated]
     knows_data = all(run["trained_on_this_data"] for run in runs)
+    result = next(iter(evaluated[0].results.values()))
     return {
         "data": data.name,
         "split": config.split,
         "place": config.split if knows_data else f"{data.folder}-{config.split}",
         "pairs": len(data.split),
-        "val_pairs": len(data.val) if data.val else 0,
+        "val_pairs": len(data.val),
+        "has_change": result.counts.histogram.has_change(),
+        "val_has_change": result.val_has_change,
         "classes": list(data.names),
         "rule": rule,
         "note": note,
         "min_object_pixels": config.min_object,
         "runs": runs,
+        **({"comparison": comparison(evaluated, config.seed)} if config.compare else {}),
         **(summarize(runs) if len(runs) > 1 else {}),
     }
 
@@ -421,7 +451,8 @@ def describe_checkpoint(
     figures = draw_all(
         measured.results, measured.robustness, data.split, title=title, rule=measured.rule
     )
-    return Evaluated(path, state, report, measured.results, figures)
+    views = worst_views(next(iter(measured.results.values())), data.split)
+    return Evaluated(path, state, report, measured.results, figures, views)
 
 
 def caution_of(split: str, knows_data: bool) -> str | None:

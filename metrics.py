@@ -344,6 +344,10 @@ class ScoreHistogram:
         counts.scatter_add_(0, slot, torch.ones_like(slot))
         self.counts += counts[:-1].view(2, -1)
 
+    def has_change(self) -> bool:
+        """Tell whether a pixel of the truth changed."""
+        return bool(self.counts[1].any())
+
     def at_thresholds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return TP, FP and FN at the thresholds i / N, each (N,) int64 on the CPU."""
         fp, tp = self.counts.cpu().flip(1).cumsum(1).flip(1)
@@ -360,7 +364,7 @@ class ScoreHistogram:
 
     def average_precision(self) -> float:
         """Return the area under the steps of precision over recall; NaN where nothing changed."""
-        if not self.counts[1].any():
+        if not self.has_change():
             return math.nan
         precision, recall = self.precision_recall()
         return float((precision * -recall.diff(append=recall.new_zeros(1))).sum())
@@ -370,7 +374,7 @@ class ScoreHistogram:
 
         Of equal ones it is the nearest to 0.5. Threshold 0 is not among them.
         """
-        if not self.counts[1].any():
+        if not self.has_change():
             return 0.5
         iou = self.change_iou()[1:]
         best = torch.nonzero(iou == iou.max()).flatten() + 1

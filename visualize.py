@@ -273,6 +273,14 @@ def color_errors(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> 
     return painted
 
 
+def error_overlay(truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Paint as `color_errors`, (H, W, 4): clear where both see no change, grey where ignored."""
+    painted = color_errors(truth, predicted)
+    alpha = np.where(painted.any(axis=-1), 255, 0)
+    alpha[truth[0] == IGNORE] = 160
+    return np.dstack([painted, alpha]).astype(np.uint8)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Save as PNG so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

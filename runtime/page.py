@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,20 +54,18 @@ def image_uri(image: NDArray[np.uint8], quality: int = 85) -> str:
     content = io.BytesIO()
     if image.shape[2] == 4:
         Image.fromarray(image).save(content, "PNG", optimize=True)
-        return _uri("image/png", content)
+        return _uri("image/png", content.getvalue())
     Image.fromarray(image).save(content, "JPEG", quality=quality)
-    return _uri("image/jpeg", content)
+    return _uri("image/jpeg", content.getvalue())
 
 
-def figure_uri(figure: Figure) -> str:
-    """Return a figure as a URI that holds its picture."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return _uri("image/png", content)
+def png_uri(path: Path) -> str:
+    """Return a PNG file as a URI that holds it."""
+    return _uri("image/png", path.read_bytes())
 
 
-def _uri(kind: str, content: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _visible(value: Any) -> Any:

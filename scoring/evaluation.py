@@ -42,12 +42,14 @@ class ProtocolResult:
         description: of the protocol, in words.
         points: the operating points: a threshold by name, None for the model's own rule.
         counts: of every image.
+        val_has_change: whether a threshold could be chosen.
         worst: the pairs with the most wrong pixels at `default`, by number, and their predictions.
     """
 
     description: str
     points: dict[str, float | None]
     counts: SplitCounts
+    val_has_change: bool
     worst: list[tuple[int, Prediction]]
 
 
@@ -82,11 +84,12 @@ def evaluate_protocol(
     on_val = predict(val, "val") if val is not None else []
     if source is val:
         on_val = list(on_val)  # five bytes a pixel, instead of predicting twice
+    of_val = _histogram()
+    for _, predicted in on_val:
+        add_to_histogram(of_val, *predicted)
+    of_val = _sum(of_val)
     if val is not None:
-        of_val = _histogram()
-        for _, predicted in on_val:
-            add_to_histogram(of_val, *predicted)
-        points[BY_VAL] = _sum(of_val).best_threshold()
+        points[BY_VAL] = of_val.best_threshold()
     histogram = _histogram()
     images: dict[int, ImageCounts] = {}
     kept: list[tuple[int, int, Prediction]] = []  # number, wrong pixels
@@ -102,6 +105,7 @@ def evaluate_protocol(
         predictor.describe(protocol),
         points,
         SplitCounts(list(_merged(images).values()), _sum(histogram), empty),
+        of_val.has_change(),
         [(number, prediction) for number, _, prediction in kept],
     )
 

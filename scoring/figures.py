@@ -12,17 +12,31 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from PIL import Image
 
 from metrics import SemanticConfusion
 from pairs.sources import Source
+from runtime.page import image_uri
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import CALIBRATION_BINS, STEPS
 from scoring.evaluation import BY_VAL, DEFAULT, ROBUSTNESS_PROTOCOL, ProtocolResult
-from visualize import Picture, plain_title, plot_confusion, plot_transitions, prediction_grid
+from visualize import (
+    FN,
+    FP,
+    TP,
+    WRONG_CLASS,
+    Picture,
+    error_overlay,
+    plain_title,
+    plot_confusion,
+    plot_transitions,
+    prediction_grid,
+)
 
 # Okabe and Ito's, which every kind of colour vision tells apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 STYLES = ("-", "--", ":")  # lines that lie on each other show through
+LARGEST_VIEW = 1024  # pixels of a page's image; ten pairs are a few megabytes
 GUIDE = {"color": "0.75", "linewidth": 0.8, "zorder": 0}
 
 
@@ -155,6 +169,40 @@ def plot_worst(result: ProtocolResult, source: Source, title: str) -> Figure:
         wrong = result.counts.images[number].pixels(DEFAULT).wrong
         names.append(f"{_end(source.pairs[number].name)}\n{_amount(wrong)} px wrong")
     return prediction_grid(samples, predictions, source.encoding, title=title, names=names)
+
+
+def worst_views(result: ProtocolResult, source: Source) -> list[dict[str, Any]]:
+    """Return the pairs with the most wrong pixels, the worst first, as `runtime.page` has views."""
+    colors = {"TP": TP, "FP (false alarm)": FP, "FN (miss)": FN}
+    if len(source.encoding.values) > 2:
+        colors["wrong class"] = WRONG_CLASS
+    legend = [[label, "rgb({}, {}, {})".format(*color)] for label, color in colors.items()]
+    views = []
+    for number, prediction in result.worst:
+        channels = source.channels(number).numpy()
+        pixels = result.counts.images[number].pixels(DEFAULT)
+        height, width = channels.shape[1:]
+        step = -(-max(height, width) // LARGEST_VIEW)
+        images = {
+            "before": channels[:3].transpose(1, 2, 0),
+            "after": channels[3:6].transpose(1, 2, 0),
+            "overlay": error_overlay(channels[6:], prediction.classes),
+        }
+        views.append(
+            {
+                "name": source.pairs[number].name,
+                "note": f"{pixels.wrong} of {width} x {height} pixels wrong: {pixels.fp} FP, "
+                f"{pixels.fn} FN, {pixels.wrong_class} of a wrong class; {pixels.tp} TP",
+                "width": -(-width // step),
+                "height": -(-height // step),
+                "legend": legend,
+                **{
+                    name: image_uri(np.asarray(Image.fromarray(image).reduce(step)))
+                    for name, image in images.items()
+                },
+            }
+        )
+    return views
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

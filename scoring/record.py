@@ -1,9 +1,10 @@
 """What an evaluation leaves behind: a folder that appears whole, and numbers in the run's trackers.
 
+    report.html                scores, the worst pairs to swipe, figures; opens from disk
     scores.json, scores.txt    every number; the table
     images.csv                 a row for each image, protocol and operating point
     robustness.csv             a row for each corruption and level
-    *.png                      the figures of `plots.py`
+    *.png                      the figures
 
 With several checkpoints the last three lie in a folder for each.
 """
@@ -12,47 +13,36 @@ import csv
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from metrics import change_scores
 from runtime.checkpoint import digest_of
-from runtime.errors import UserError
+from runtime.errors import UserError, visible
 from runtime.files import new_folder, read_json
 from runtime.options import written_at
+from runtime.page import png_uri, write_page
 from runtime.tracking import Tracker
 from scoring.counts import ImageCounts
 from scoring.evaluation import ProtocolResult
-from scoring.report import FEW_PAIRS, Report, as_json, text
+from scoring.report import (
+    FEW_PAIRS,
+    Evaluated,
+    Report,
+    about,
+    as_json,
+    compared,
+    comparison_rows,
+    notes_of,
+    robustness,
+    score_rows,
+    text,
+)
 from visualize import save_figure
 
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One checkpoint, evaluated.
-
-    Attributes:
-        path: of the checkpoint, in the folder of its run.
-        state: its content.
-        report: its part of the report.
-        results: by protocol.
-        figures: by name.
-    """
-
-    path: Path
-    state: dict[str, Any]
-    report: Report
-    results: dict[str, ProtocolResult]
-    figures: dict[str, Figure]
-
-    @property
-    def run_dir(self) -> Path:
-        """The folder of the run."""
-        return self.path.resolve().parent
+NOT_IN_PAGE = "worst_pairs"  # the figure of what the page shows to swipe
 
 
 def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evaluated]) -> Path:
@@ -77,15 +67,49 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
     def fill(folder: Path) -> None:
         (folder / "scores.json").write_text(as_json(report) + "\n", "utf-8")
         (folder / "scores.txt").write_text(text(report) + "\n", "utf-8")
-        for one, part in zip(evaluated, _parts(folder, evaluated), strict=True):
+        parts = _parts(folder, evaluated)
+        for one, part in zip(evaluated, parts, strict=True):
             part.mkdir(exist_ok=True)
             _write_rows(part / "images.csv", _image_rows(one.results))
             if "robustness" in one.report:
                 _write_rows(part / "robustness.csv", one.report["robustness"]["rows"])
             for name, figure in one.figures.items():
                 save_figure(figure, part / f"{name}.png")
+        write_page(folder / "report.html", _page(report, evaluated, parts))
 
     return write_folder(wanted or home / "evaluation" / report["place"], fill)
+
+
+def _page(report: Report, evaluated: Sequence[Evaluated], parts: Sequence[Path]) -> dict[str, Any]:
+    """Return the content of report.html; the figures are in the folders already."""
+    title, *lines = about(report)
+    notes = [f"{word}: {says}" for word, says in notes_of(report).items()]
+    sections: list[dict[str, Any]] = []
+
+    def add(title: str, rows: Sequence[Sequence[str]], lines: Sequence[str] = ()) -> None:
+        table = {"head": rows[0], "rows": rows[1:]}
+        sections.append({"title": title, "table": table, "lines": lines})
+
+    if "comparison" in report:
+        for pair in report["comparison"]:
+            add("Comparison", comparison_rows(pair), [compared(pair)])
+        for run in report["runs"]:
+            add(f"Scores of {run['checkpoint']}", score_rows([run], report["rule"]))
+    else:
+        add("Scores", score_rows(report["runs"], report["rule"]))
+    sections[-1]["lines"] = notes
+    if "robustness" in report["runs"][0]:
+        sections.append({"title": "Robustness", "lines": robustness(report)})
+    for one, part in zip(evaluated, parts, strict=True):
+        whose = f" of {one.run_dir.name}" if len(evaluated) > 1 else ""
+        figures = [
+            {"title": name, "src": png_uri(part / f"{name}.png")}
+            for name in one.figures
+            if name != NOT_IN_PAGE
+        ]
+        sections.append({"title": f"Pairs with the most wrong pixels{whose}", "views": one.views})
+        sections.append({"title": f"Figures{whose}", "figures": figures})
+    return {"title": title, "about": lines, "sections": sections}
 
 
 def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
@@ -94,7 +118,7 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
     Of overlapping windows if that protocol was evaluated, else of the first one. The newest counts
     that is beside the checkpoint, or beside its run where several were evaluated together. One of
     another checkpoint, of other data than the training's, of fewer than `FEW_PAIRS`, or that cannot
-    be read, does not count.
+    be read, or for which val held no change, does not count.
     """
     run_dir = checkpoint.resolve().parent
     found = [p for home in (run_dir, run_dir.parent) for p in home.glob("evaluation/*/scores.json")]
@@ -104,6 +128,8 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
             report = read_json(path)
             run = next(r for r in report["runs"] if r["sha256"] == digest)
             if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
+                continue
+            if not report.get("val_has_change", True):  # older files do not say
                 continue
             protocols = run["protocols"]
             protocol = protocols.get("sliding") or next(iter(protocols.values()))
@@ -116,10 +142,10 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before hours of work that nothing can be written in a folder, or beside it.
+    """Find out before hours of work whether a folder can be made and written to.
 
     Raises:
-        UserError: so it is.
+        UserError: it cannot.
     """
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     try:
@@ -207,7 +233,7 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _image_rows(results: Mapping[str, ProtocolResult]) -> list[dict[str, Any]]:
     return [
         {
-            "pair": image.name,
+            "pair": visible(image.name),
             "height": image.size[0],
             "width": image.size[1],
             "protocol": protocol,

@@ -88,7 +88,8 @@ def test_an_evaluation_leaves_everything_it_promises(
     report = evaluated(trained, robustness=True)
     folder = trained / "evaluation" / "test"
     assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
-        "scores.json", "scores.txt", "images.csv", "robustness.csv", "precision_recall.png",
+        "report.html", "scores.json", "scores.txt", "images.csv", "robustness.csv",
+        "precision_recall.png",
         "calibration.png", "worst_pairs.png", "confusion_default.png", "confusion_val.png",
         "robustness.png",
     }  # fmt: skip
@@ -191,6 +192,30 @@ def test_seeds_give_mean_and_deviation(trained: Path, tree: Path, tmp_path: Path
     assert report["runs"][0] == single
 
 
+def test_two_models_are_compared_on_the_same_images(trained: Path, tmp_path: Path) -> None:
+    state = torch.load(trained / "best.pt", weights_only=True)
+    other = tmp_path / "runs" / "silent" / "best.pt"
+    other.parent.mkdir()
+    weights = dict(state["model"])
+    weights["head.bias"] = weights["head.bias"] - 50  # never predicts change
+    save_checkpoint(other, {**state, "model": weights})
+    report = evaluated(trained, other, compare=True, protocols="patches")
+    (pair,) = report["comparison"]
+    found = pair["protocols"]["patches"]["default"]
+    scores = [
+        run["protocols"]["patches"]["points"]["default"]["scores"]["change_iou"]
+        for run in report["runs"]
+    ]
+    assert found["value"] == pytest.approx(scores[1] - scores[0])
+    assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    said = text(report)
+    assert f"{found['value']:+.4f}" in said and "±" not in said
+    page = (tmp_path / "runs" / "evaluation" / "test" / "report.html").read_text("utf-8")
+    assert "difference in change IoU" in page and "Pairs with the most wrong pixels of a" in page
+    with pytest.raises(UserError, match="--compare: give two models"):
+        evaluated(trained, compare=True)
+
+
 def test_three_classes(tmp_path: Path) -> None:
     tree = save_tree(tmp_path / "mci", size=(40, 40), train=3, val=2, test=2)
     for number, path in enumerate(sorted(tree.rglob("label/*.png"))):
@@ -250,6 +275,7 @@ def test_numbers_that_do_not_exist_are_null_and_a_dash(tree: Path, trained: Path
     for path in (tree / "test" / "label").iterdir():
         Image.fromarray(np.zeros((70, 45), np.uint8)).save(path)
     report = evaluated(trained, protocols="whole", data_dir=str(tree))
+    assert "nothing changed in this split" in text(report)
     scores = json.loads(as_json(report))["runs"][0]["protocols"]["whole"]["points"]["val"]["scores"]
     assert scores["dice_per_image_changed"] is None
     line = next(x for x in text(report).splitlines() if "of images with change" in x)

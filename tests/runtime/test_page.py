@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
-from runtime.page import figure_uri, image_uri, write_page
+from runtime.page import image_uri, write_page
 
 CHROMIUM = shutil.which("chromium")
 WIDTH, HEIGHT = 300, 200
@@ -35,14 +34,13 @@ def page_of(**more: Any) -> dict[str, Any]:
         **more,
     }
     table = {"head": ["", "patches"], "rows": [["IoU", "0.5"]]}
-    figure = Figure()
     return {
         "title": "run a",
         "about": ["3 pairs"],
         "sections": [
             {"title": "Scores", "lines": ["a line"], "table": table},
             {"title": "Worst", "views": [view, {**view, "name": "scene 2"}]},
-            {"title": "Curves", "figures": [{"title": "P-R", "src": figure_uri(figure)}]},
+            {"title": "Curves", "figures": [{"title": "P-R", "src": image_uri(picture(9, 4))}]},
         ],
     }
 

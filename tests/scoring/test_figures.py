@@ -35,7 +35,7 @@ def result_of(source: Source, logits: torch.Tensor | None = None) -> ProtocolRes
         add_to_histogram(histogram, prediction, truth)
         images.append(count_image(name, prediction, truth, points=points, empty=empty))
     counts = SplitCounts(images, histogram, empty)
-    return ProtocolResult("in words", points, counts, list(enumerate(predictions)))
+    return ProtocolResult("in words", points, counts, True, list(enumerate(predictions)))
 
 
 def test_all_figures_have_the_title_and_can_be_saved(source: Source, tmp_path: Path) -> None:

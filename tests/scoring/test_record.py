@@ -1,45 +1,77 @@
+import csv
+import functools
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from data_helpers import save_tree
 
+from dataset import open_dataset
+from metrics import Confusion, ScoreHistogram
 from runtime.checkpoint import digest_of
-from runtime.errors import UserError
-from scoring.record import check_writable, stored_threshold, write_folder
+from scoring.counts import STEPS, Prediction, SplitCounts, add_to_histogram, count_image
+from scoring.evaluation import BY_VAL, DEFAULT, ProtocolResult
+from scoring.figures import draw_all, worst_views
+from scoring.record import stored_threshold, write_results
+from scoring.report import Evaluated, Report, comparison, protocols_report, text
+
+ODD_CLASSES = ("no $change$", "\ud800\x1b[31m", "x" * 50_000 + "\u5efa")
+ODD_PAIR = "caf\udce9\x1b[2J\n$x$"  # as Python reads a name that is not UTF-8
 
 
-def test_a_folder_appears_whole_and_what_is_there_stays(tmp_path: Path) -> None:
-    seen: list[bool] = []
+def evaluated_on(path: Path, tree: Path) -> Evaluated:
+    source = open_dataset(tree).source
+    draw = torch.Generator().manual_seed(0)
+    batch = Prediction.of_logits(3 * torch.randn(len(source), 3, 32, 32, generator=draw), "change")
+    points: dict[str, float | None] = {DEFAULT: None, BY_VAL: 0.25}
+    empty = functools.partial(Confusion, 3, names=ODD_CLASSES)
+    histogram, images, worst = ScoreHistogram(num_bins=STEPS), [], []
+    for i in range(len(source)):
+        one = Prediction(batch.change[i], batch.change_classes[i], batch.classes[i])
+        truth = source.channels(i)[6:].numpy()
+        add_to_histogram(histogram, one, truth)
+        images.append(count_image(ODD_PAIR, one, truth, points=points, empty=empty))
+        worst.append((i, one))
+    counts = SplitCounts(images, histogram, empty)
+    results = {"patches": ProtocolResult("in words", points, counts, True, worst)}
+    report: Report = {
+        "checkpoint": str(path),
+        "epoch": 1,
+        "caution": None,
+        "protocols": protocols_report(results, 0),
+    }
+    figures = draw_all(results, [], source, title=f"run {ODD_PAIR}", rule="argmax")
+    return Evaluated(path, {}, report, results, figures, worst_views(results["patches"], source))
 
-    def fill(folder: Path) -> None:
-        (folder / "x").write_text(str(len(seen)))
-        seen.append((tmp_path / "deep" / "new").exists())
 
-    names = [write_folder(tmp_path / "deep" / "new", fill).name for _ in range(3)]
-    assert names == ["new", "new-2", "new-3"]
-    assert seen == [False, True, True]
-    assert [(tmp_path / "deep" / name / "x").read_text() for name in names] == ["0", "1", "2"]
-    assert {p.name for p in (tmp_path / "deep").iterdir()} == set(names)
-
-
-def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
-    check_writable(tmp_path / "not" / "there" / "yet")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("mine")
-    for attempt in (check_writable, lambda folder: write_folder(folder, lambda _: None)):
-        with pytest.raises(UserError, match=r"file/x: cannot be written \(.*--output-dir"):
-            attempt(tmp_path / "file" / "x")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_of_a_failure_nothing_is_left(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "new", fail)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.fault("D24", "D25")
+def test_foreign_text_ends_no_evaluation(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "set", train=1, val=3)
+    both = [evaluated_on(tmp_path / f"run {k}$" / "best.pt", tree) for k in (1, 2)]
+    report: Report = {
+        "data": ODD_PAIR,
+        "split": "val",
+        "place": "val",
+        "pairs": 3,
+        "val_pairs": 3,
+        "has_change": True,
+        "val_has_change": True,
+        "classes": list(ODD_CLASSES),
+        "rule": "argmax",
+        "note": "",
+        "min_object_pixels": 10,
+        "runs": [one.report for one in both],
+        "comparison": comparison(both, 0),
+    }
+    folder = write_results(tmp_path / "out", report, both)
+    assert json.loads((folder / "scores.json").read_text("ascii"))["classes"] == list(ODD_CLASSES)
+    for name in ("scores.txt", "report.html", "1-run 1$/images.csv"):
+        assert "\x1b" not in (folder / name).read_text("utf-8")
+    assert max(map(len, text(report).splitlines())) < 200
+    with (folder / "2-run 2$" / "images.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["pair"] == r"caf\udce9\x1b[2J" + "\n$x$"
 
 
 @pytest.mark.fault("R30")

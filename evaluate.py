@@ -236,7 +236,7 @@ def report_of(
         "split": config.split,
         "place": config.split if knows_data else f"{data.folder}-{config.split}",
         "pairs": len(data.split),
-        "val_pairs": len(data.val),
+        "val_pairs": len(data.val) if data.val else 0,
         "has_change": result.counts.histogram.has_change(),
         "val_has_change": result.val_has_change,
         "classes": list(data.names),

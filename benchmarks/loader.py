@@ -89,6 +89,28 @@ def proving(dataset: ChangeDataset, *, first: bool) -> Work:
     return work
 
 
+def proof_of_pairs(one: ChangeDataset, other: ChangeDataset, rounds: int) -> dict[str, Any]:
+    """Return what it costs to sum up every pair at its first use in a process."""
+    epochs = measure.alternate(
+        {
+            "pairs proved before": proving(one, first=False),
+            "pairs proved now": proving(other, first=True),
+        },
+        torch.device("cpu"),
+        rounds,
+        clock=time.process_time,
+    )
+    measure.show(epochs, "pairs/s")
+    first = 1 / epochs["pairs proved now"]["ratio"]
+    of_a_run = (first + EPOCHS - 1) / EPOCHS
+    print(f"time of the first epoch {first:.3f}, of {EPOCHS} epochs {of_a_run:.4f}")
+    return {
+        "epochs": epochs,
+        "time_of_first_epoch": first,
+        f"time_of_{EPOCHS}_epochs": of_a_run,
+    }
+
+
 def second_start(folder: Path) -> dict[str, float]:
     """Return the seconds of a core that `NUM_SMALL` known and cached pairs take to be opened."""
     one = make_sample_set(folder / "one", size=16, num_pairs={"train": 1, "val": 1})
@@ -107,6 +129,7 @@ def second_start(folder: Path) -> dict[str, float]:
             layout, Classes(1), ("train", "val"), cache="disk", folder=folder / "small-cache"
         )
         seconds.append(time.process_time() - start)
+    print(f"start with {NUM_SMALL} pairs: {seconds[0]:.1f} s, again {min(seconds[1:]):.1f} s")
     return {"pairs": NUM_SMALL, "first_s": seconds[0], "second_s": min(seconds[1:])}
 
 
@@ -134,10 +157,8 @@ def main() -> None:
             scratch / "pairs", size=1024, num_pairs={"train": NUM_PAIRS, "val": 1}
         )
         pairs = list(find_pairs(root).splits["train"])
-        values: set[int] = set()
-        for pair in pairs:
-            values |= label_values(read_label(pair.label), pair.label)
-        encoding = choose_mask_coding(values, Classes(1))
+        values = [label_values(read_label(pair.label), pair.label) for pair in pairs]
+        encoding = choose_mask_coding(set().union(*values), Classes(1))
 
         def dataset(cache: str, augment: Augment | None = None) -> ChangeDataset:
             source = open_source(pairs, encoding, cache=cache, folder=scratch / "cache")
@@ -162,23 +183,8 @@ def main() -> None:
             clock=time.process_time,
         )
         measure.show(one_core, "pairs/s")
-        epochs = measure.alternate(
-            {
-                "pairs proved before": proving(dataset("disk"), first=False),
-                "pairs proved now": proving(dataset("disk"), first=True),
-            },
-            torch.device("cpu"),
-            arguments.rounds,
-            clock=time.process_time,
-        )
-        measure.show(epochs, "pairs/s")
-        first = 1 / epochs["pairs proved now"]["ratio"]
-        of_a_run = (first + EPOCHS - 1) / EPOCHS
-        print(f"time of the first epoch {first:.3f}, of {EPOCHS} epochs {of_a_run:.4f}")
+        proof = proof_of_pairs(dataset("disk"), dataset("disk"), arguments.rounds)
         start = second_start(scratch)
-        print(
-            f"start with {start['pairs']} pairs: {start['first_s']:.1f}, {start['second_s']:.1f} s"
-        )
         batches: dict[str, dict[str, Any]] = measure.alternate(
             {
                 f"disk, {n} workers": loading(dataset("disk"), n, arguments.device)
@@ -197,11 +203,7 @@ def main() -> None:
             },
             "note": arguments.note,
             "one_core": one_core,
-            "proof": {
-                "epochs": epochs,
-                "time_of_first_epoch": first,
-                f"time_of_{EPOCHS}_epochs": of_a_run,
-            },
+            "proof": proof,
             "start": start,
             "batches_of_8": batches,
         }

@@ -62,6 +62,33 @@ def channels_first(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
 
 
+class PlainStages(nn.Module):
+    """A plain ViT of timm with patches of 16: four of its layers, resized to strides 4 to 32.
+
+    ViTDet's simple feature pyramid (arXiv:2203.16527) learns to resize; a frozen encoder learns
+    nothing, so here resizing has no weights, and fine scales take shallow layers. The magnitudes of
+    layers differ, so each map has its channels normalised, as in `Stages`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Turn (N, 3, H, W), multiples of 32, into the maps at strides 4, 8, 16, 32."""
+        maps = []
+        for tokens in self.network(x):
+            rows = tokens.permute(0, 2, 3, 1)
+            maps.append(F.layer_norm(rows, rows.shape[-1:]).permute(0, 3, 1, 2))
+        fine, middle, same, coarse = maps
+        return [
+            F.interpolate(fine, scale_factor=4, mode="bilinear"),
+            F.interpolate(middle, scale_factor=2, mode="bilinear"),
+            same,
+            F.max_pool2d(coarse, 2),
+        ]
+
+
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0, without squeezes, with ReLU6, under timm's names and with its taps.
 

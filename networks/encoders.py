@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from networks.backbones import EfficientNetLite0, Stages, TimmStages
+from networks.backbones import EfficientNetLite0, PlainStages, Stages, TimmStages
 from networks.fused import Snapshot, fast_copy
 from runtime.errors import UserError
 
 # torchvision's, the same for all of its backbones
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TIMM = "timm:"
+VIT_LAYERS = (-10, -7, -4, -1)  # of a plain ViT's, for strides 4, 8, 16, 32
 LITE = "efficientnet_lite0"
 
 
@@ -170,6 +171,11 @@ def timm_network(name: str, *, features_only: bool = True, **options: Any) -> An
     model = name.removeprefix(TIMM)
     if "swin" in model:
         options["strict_img_size"] = False  # else images of its training's size alone
+    arch = model.partition(".")[0]
+    if arch in timm.list_models(module="vision_transformer") + timm.list_models(module="eva"):
+        options["dynamic_img_size"] = True
+        if features_only:
+            options["out_indices"] = VIT_LAYERS
     return timm.create_model(model, features_only=features_only, **options)
 
 
@@ -182,6 +188,8 @@ def _timm(name: str) -> Encoder:
         raise
     except Exception as error:  # timm raises whatever its networks do for a name or an option
         raise UserError(f"--backbone {name}: timm cannot build it ({error})") from None
+    is_plain = list(strides) == [16] * len(VIT_LAYERS)
+    strides = [4, 8, 16, 32] if is_plain else strides
     wanted = [i for i, stride in enumerate(strides) if stride in (2, 4, 8, 16, 32)]
     strides = [strides[i] for i in wanted]
     if strides not in ([2, 4, 8, 16, 32], [4, 8, 16, 32]):
@@ -190,7 +198,7 @@ def _timm(name: str) -> Encoder:
         )
     about = backbone.pretrained_cfg
     return Encoder(
-        TimmStages(backbone, wanted, channels),
+        PlainStages(backbone) if is_plain else TimmStages(backbone, wanted, channels),
         [channels[i] for i in wanted],
         strides,
         multiple=32,

@@ -15,7 +15,9 @@ from scoring import protocols
 from scoring.corruptions import CORRUPTIONS
 from scoring.counts import STEPS, add_to_histogram
 from scoring.evaluation import BY_VAL, DEFAULT, evaluate_protocol, measure_robustness
+from scoring.figures import draw_all
 from scoring.protocols import Predictor
+from scoring.report import protocols_report, score_rows
 
 
 class Darkness(SiameseUNet):
@@ -55,6 +57,22 @@ def test_the_threshold_comes_from_val_alone(
     again = evaluate_protocol(predictor, "patches", more, splits["val"])
     assert again.points == result.points
     assert len(again.counts.images) == 13
+
+
+def test_without_val_no_threshold_is_chosen(
+    predictor: Predictor, splits: dict[str, Source]
+) -> None:
+    Darkness.calls = 0
+    results = {
+        name: evaluate_protocol(predictor, name, splits["test"], None)
+        for name in ("whole", "patches")
+    }
+    assert Darkness.calls == 2 * 12
+    assert all(result.points == {DEFAULT: None} for result in results.values())
+    rows = score_rows([{"protocols": protocols_report(results, seed=0)}], "0.5")
+    assert rows[0][1:] == ["whole", "patches"]
+    assert rows[1] == ["threshold (no val to choose one on)", "0.5", "0.5"]
+    assert set(draw_all(results, [], splits["test"], title="", rule="0.5"))
 
 
 @pytest.mark.parametrize(("split", "images"), [("test", 3 + 12), ("val", 3)])

@@ -97,7 +97,9 @@ def train(arguments: argparse.Namespace, name: str, options: list[str], seed: in
     command += ["--no-mlflow", "--output-dir", str(arguments.runs), "--name", name, *options]
     command += ["--resume", "auto"]  # goes on with a run that was interrupted
     threads = {"OMP_NUM_THREADS": str(arguments.threads)} if arguments.threads else {}
-    subprocess.run(command, check=True, env={**os.environ, **threads})
+    done = subprocess.run(command, check=False, env={**os.environ, **threads})
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why; the same command goes on
     return run
 
 

@@ -40,6 +40,9 @@ from pairs.synthetic.scene import (
     mix,
 )
 
+# Roofs are brighter than the ground around them, on photographs by a factor of 1.4
+GROUND_SHADE = 0.72
+
 
 class Canvas:
     """One date being painted: colour (3, n, n); height and slopes (n, n), in pixels."""
@@ -82,7 +85,7 @@ def paint_ground(canvas: Canvas, scene: Scene, date: Date, draw: Draw) -> None:
     grass = dry + clip01(date.green + 1.1 * cover + 0.4 * detail + season) * (green - dry)
     bare = clip01(1.5 * (detail + season - 0.9 * cover) - 0.25)
     texture = 1 + 0.3 * detail + 0.08 * draw.noise(n, 3) - 0.15 * cover
-    canvas.colour[:] = (grass + bare * (soil - grass)) * texture
+    canvas.colour[:] = (grass + bare * (soil - grass)) * texture * GROUND_SHADE
 
 
 def paint_boxes(canvas: Canvas, scene: Scene, date: int, layer: int) -> None:
@@ -92,7 +95,8 @@ def paint_boxes(canvas: Canvas, scene: Scene, date: int, layer: int) -> None:
         if box.seen[date] and box.layer == layer:
             window, cover = box.cover(scene.n, scene.wobble)
             colour = box.later if date and box.later is not None else box.colour
-            canvas.lay(window, cover, colour, texture[window])
+            shade = 1.0 if box.layer else GROUND_SHADE
+            canvas.lay(window, cover, colour * shade, texture[window])
             if box.height:
                 canvas.raise_to(window, cover * box.height)
 

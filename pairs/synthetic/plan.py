@@ -55,7 +55,7 @@ def plan(draw: Draw, n: int) -> Scene:
         cover += draw.uniform(-0.5, 0.5) * clip01(y)
     detail = 0.45 * draw.noise(n, 11) + 0.5 * draw.noise(n, 5.3) + 0.6 * draw.noise(n, 2.3)
     detail += 0.5 * draw.grain(n) + furrows(draw, n)
-    detail *= draw.uniform(0.45, 1.1)
+    detail *= draw.uniform(0.45, 1.1) * 1.5
     wobble = draw.noise(n, 23) + draw.noise(n, 9) + 0.5 * draw.noise(n, 4)
     first = plan_date(draw, 0.0)
     dates = first, halfway(first, plan_date(draw, 1.2))
@@ -63,7 +63,7 @@ def plan(draw: Draw, n: int) -> Scene:
     greys = SOIL, FENCE, TWIG, CONCRETE, SAND  # no two regions have the same soil
     dry, green, soil = (mix(c, draw.pick(greys), draw.uniform(0, 0.5)) for c in (DRY, GREEN, SOIL))
     scene = Scene(n, draw, changed, dates, (dry, green, soil), cover, detail, wobble, taken)
-    kind = draw.pick((*["suburb"] * 6, "farms", "halls", "halls"))
+    kind = draw.pick((*["suburb"] * 9, "farms", "halls", "halls"))
     plan_extras(scene)
     if kind == "suburb":
         plan_suburb(scene)
@@ -90,7 +90,7 @@ def plan_date(draw: Draw, shift: float) -> Date:
         haze=draw.uniform(0, 0.12),
         contrast=draw.uniform(0.9, 1.4),
         saturation=draw.uniform(0.45, 1.05),
-        blur=draw.uniform(-0.22, 0.06),
+        blur=draw.uniform(-0.5, 0.0),
         noise=draw.uniform(0.004, 0.022),
         shift=(draw.uniform(-shift, shift), draw.uniform(-shift, shift)),
     )
@@ -176,7 +176,7 @@ def add_road(
 
 def add_house(scene: Scene, house: House) -> bool:
     """Build unless something stands there or nobody would see it."""
-    window, cover = house.cover(scene.n, 3)
+    window, cover = house.cover(scene.n, 0.7)  # neighbours nearly touch
     if not cover.size or (scene.taken[window] & (cover > 0.5)).any():
         return False
     scene.taken[window] |= cover > 0.5
@@ -193,9 +193,9 @@ def park(scene: Scene, frame: Frame, seen: Seen, chance: float) -> None:
             scene.boxes.append(Box(frame.at(1, 0), 0.9, 1.5, GLASS, now, 2.5, layer=1))
 
 
-def dwelling(draw: Draw, frame: Frame, colour: Colour, seen: Seen) -> House:
-    """A family house: a hip or gable roof with up to two wings."""
-    half_width, half_depth = draw.uniform(12.5, 18), draw.uniform(11.5, 17)
+def dwelling(draw: Draw, frame: Frame, colour: Colour, seen: Seen, widest: float = 18.0) -> House:
+    """A family house: a hip or gable roof with up to two wings; its half width has a limit."""
+    half_width, half_depth = min(draw.uniform(12.5, 18), widest), draw.uniform(11.5, 20)
     pitch, gable, wide = draw.uniform(0.35, 0.75), draw.chance(0.2), half_width > half_depth
     pitch_x, pitch_y = GABLE if gable and wide else pitch, GABLE if gable and not wide else pitch
     parts = [Part(0, 0, half_width, half_depth, pitch_x, pitch_y)]
@@ -236,7 +236,7 @@ def plan_suburb(scene: Scene) -> None:
     """Parallel streets with a row of houses on each side; some are new, some have gaps."""
     draw, n = scene.draw, scene.n
     base, bend = anywhere(draw, n, 0.3), draw.uniform(-0.12, 0.12) * n
-    block, lot, family = draw.uniform(135, 165), draw.uniform(38, 50), draw.pick(SHINGLES)
+    block, lot, family = draw.uniform(135, 165), draw.uniform(29, 46), draw.pick(SHINGLES)
     stories = (*["new"] * 4, "infill", "old") if scene.changed else ("old", "old", "none")
     rows = []
     for k in (0, -1, 1, -2, 2):
@@ -272,7 +272,7 @@ def plan_lot(
     draw = scene.draw
     new, gone, left_free = draw.chance(share_new), draw.chance(0.04), draw.chance(0.07)
     seen = (not new, new or not (scene.changed and gone))
-    house = dwelling(draw, spot, family, seen)
+    house = dwelling(draw, spot, family, seen, yard["width"] / 2 - 2.5)
     to_front = max(p.half_depth - p.dy for p in house.parts)
     middle = spot.at(0, road.half_width + yard["setback"] + to_front)
     house = replace(house, frame=middle.at(draw.uniform(-2, 2), 0))
@@ -311,7 +311,7 @@ def plan_garden(
         boxes.append(Box(frame.at(side, back / 2), 0.9, back / 2, wood, seen, 4, layer=1))
     pale = mix(CONCRETE, draw.pick((SAND, CALICHE, FENCE)), draw.uniform(0, 0.5))
     drive = frame.at(draw.pick((-1, 1)) * draw.uniform(5, 10), -front / 2)
-    boxes.append(Box(drive, draw.uniform(4, 5.5), front / 2, pale, seen, layer=1))
+    boxes.append(Box(drive, draw.uniform(4, 7), front / 2, pale, seen, layer=1))
     park(scene, drive.at(draw.uniform(-2, 2), draw.uniform(-9, -3)).turn(0, 1), seen, 0.4)
     patio = frame.at(draw.uniform(-6, 6), draw.uniform(14, 19))
     boxes.append(Box(patio, draw.uniform(2, 6), 4, pale, seen, layer=1))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from torch import Tensor, nn
 
 from runtime.distributed import rank
-from runtime.errors import Interrupted
+from runtime.errors import Interrupted, visible
 from runtime.tracking_csv import MetricsTable
 from runtime.tracking_mlflow import (
     About,
@@ -230,7 +230,7 @@ class _Optional(Generic[BackEnd]):
         except Exception as error:
             if not self.failures:
                 line = without_secrets(" ".join(str(error).split()) or type(error).__name__)
-                LOGGER.warning("%s: %.300s (the run goes on without)", self.name, line)
+                LOGGER.warning("%s: %.300s (the run goes on without)", self.name, visible(line))
             self.failures += 1
             if isinstance(error, ServerIsSlowError):
                 # its thread still listens, and what it hears interests nobody

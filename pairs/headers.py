@@ -10,6 +10,7 @@ ones, and it shows the header of a sparse TIFF as pixels. So the header decides 
 Sources: TIFF 6.0, Adobe 1992; BigTIFF, awaresystems.be; PNG, ISO/IEC 15948; GDAL's driver GTiff.
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ PNG, TIFF, OTHER = "PNG", "TIFF", "other"
 QUARTER_TURNS = (5, 6, 7, 8)
 GREY, RGB, PALETTE = "grey", "RGB", "a palette"
 
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_COLORS = {0: (GREY, 1), 2: (RGB, 3), 3: (PALETTE, 1), 4: (GREY, 2), 6: (RGB, 4)}
 # of TIFF: the tag's number
@@ -89,17 +91,16 @@ class Header:
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
-def read_header(file: BinaryIO) -> Header:
-    """Read the header of an open file; one that is damaged is of kind OTHER, and Pillow says how.
+def _read(start: bytes, tiff: BinaryIO | None) -> Header:
+    """Return the header; one that is damaged is of kind OTHER, and Pillow says how.
 
     A JPEG counts as lossy by its first bytes, whatever its name is.
     """
-    start = file.read(32)
     try:
         if start.startswith(_PNG_START):
             return _png(start)
-        if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _tiff(file)
+        if tiff is not None:
+            return _tiff(tiff)
     except (ValueError, LookupError, struct.error, OSError, OverflowError):
         return Header()
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
@@ -113,8 +114,9 @@ def header_of(path: Path) -> Header:
         OSError: it is not there or cannot be opened.
     """
     with path.open("rb") as file:
-        header = read_header(file)
-    if path.with_name(f"{path.name}.msk").exists():
+        start = file.read(32)
+        header = _read(start, file if start[:4] in _TIFF_STARTS else None)
+    if os.path.exists(f"{path}.msk"):  # noqa: PTH110 (a fifth of the time, for every file)
         return replace(header, odd=header.odd or "with a mask beside it (.msk)")
     return header
 

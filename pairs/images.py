@@ -50,6 +50,7 @@ _TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda x: x[..., ::-1, ::-1].swapaxes(-1, -2),
     8: lambda x: x.swapaxes(-1, -2)[..., ::-1, :],
 }
+_NO_PALETTE = np.zeros((256, 4), dtype=np.uint8)
 
 Color = tuple[int, int, int]
 _Rows = tuple[NDArray[Any], Any]  # rows of bands, and where they have data
@@ -165,17 +166,17 @@ def _bands(
         return
     with _open(path) as image:
         decoded = _decoded(image, path, header)
-    is_plain = decoded.mode == "RGB" and "transparency" not in decoded.info
+    is_plain = decoded.mode in ("RGB", "L", "P") and "transparency" not in decoded.info
     if is_plain and reading == AS_STORED and header.nodata is None:  # nearly all files
-        rgb = np.asarray(decoded).transpose(2, 0, 1)
-        yield (
-            Rendering(path, Kind(_NAMES["RGB"]), reading),
-            lambda: (rgb, None),
-            lambda: (rgb, None),
-        )
+        rgb = np.asarray(decoded.convert("RGB")).transpose(2, 0, 1)
+        palette = _NO_PALETTE if decoded.mode == "P" else None
+        kind = Kind(_NAMES[decoded.mode], bits=header.bits, palette=palette)
+        yield Rendering(path, kind, reading), lambda: (rgb, None), lambda: (rgb, None)
         return
     rows, kind, valid = _samples(decoded, header, raw=reading.bands is not None)
     rendering = Rendering(path, kind, reading)
+    if valid is None:
+        valid = np.ones(rows.shape[1:], dtype=bool)
     rows = rows[[band - 1 for band in rendering.needed]]
     if header.nodata is not None:
         colors = [rendering.needed.index(band) for band in set(rendering.colors)]
@@ -302,7 +303,9 @@ def _lacks_bands(header: Header, reading: Reading) -> bool:
     return is_dropped and header.colors != "CMYK" and last == 4
 
 
-def _samples(image: Image.Image, header: Header, *, raw: bool) -> tuple[NDArray[Any], Kind, Bools]:
+def _samples(
+    image: Image.Image, header: Header, *, raw: bool
+) -> tuple[NDArray[Any], Kind, Bools | None]:
     """Return all samples (n, H, W) of a decoded image, what they are, and where they have data.
 
     Args:
@@ -323,7 +326,7 @@ def _samples(image: Image.Image, header: Header, *, raw: bool) -> tuple[NDArray[
         pixels = pixels.astype(np.uint16)
     rows = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     dtype = {"I": header.dtype, "F": "float32"}.get(image.mode, str(pixels.dtype))
-    valid = np.ones(pixels.shape[:2], dtype=bool)
+    valid = None
     if key is not None and not isinstance(key, bytes):
         steps = 255 // (2**bits - 1) if bits < 8 else 1  # Pillow gives the key as it is stored
         keys = np.array(key).reshape(-1, 1, 1) * steps

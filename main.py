@@ -241,7 +241,7 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
                 confusion=confusion,
                 precision=learner.precision,
             )
-            seconds = (time.monotonic() - began) / (epoch - done_before)
+            seconds = (time.monotonic() - began) / max(epoch - done_before, 1 / len(data.train))
             left = seconds * (config.epochs - epoch)
             results.print_epoch(epoch, on_train, on_val, **speed, seconds_left=left)
             rate = float(learner.scheduler.get_last_lr()[0])

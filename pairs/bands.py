@@ -190,15 +190,15 @@ class Rendering:
 
         Args:
             rows: (n, h, w) of the needed bands, thinned out.
-            valid: (h, w), where they have data.
-
-        Raises:
-            UserError: there is no data at all.
+            valid: (h, w), where they have data. Without any, no value is ever shown, and any
+                range will do: a mosaic has empty tiles.
         """
         low, high = [], []
         for values in self.values(rows, valid):
             if not values.size:
-                raise UserError(f"{self.path}: a band has no data at all")
+                low.append(0.0)
+                high.append(1.0)
+                continue
             self.remarks += filling(self.path, values)
             first, last = np.percentile(values, PERCENTILES)
             low.append(first)

@@ -257,3 +257,13 @@ def test_without_rasterio_plain_images_work_and_geotiffs_name_the_extra(
         open_scene(a, a).__enter__()
     with open_scene(b, b, reading=Reading(bands=(1,))) as scene:
         assert np.array_equal(scene.read(0, 32)[0][2], picture(1)[..., 0])
+
+
+@pytest.mark.fault("U9")
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_tile_without_any_data_is_read_as_no_data(tmp_path: Path, dtype: str) -> None:
+    empty = np.zeros((3, 40, 50), dtype)
+    paths = [write_tif(tmp_path / name, empty, nodata=0) for name in ("a.tif", "b.tif")]
+    with open_scene(*paths) as scene:
+        _, _, valid = scene.read(0, 40)
+    assert not valid.any()

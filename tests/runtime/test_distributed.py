@@ -383,7 +383,7 @@ def predict_alone(*paths: Path) -> None:
 def assert_same_maps(one: Path, two: Path) -> None:
     """Masks are equal where the probability is not at the threshold, which rounding decides."""
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    for path in one.glob("*_probability.*"):
+    for path in (p for p in one.glob("*_probability.*") if p.suffix in (".png", ".tif")):
         mask = path.with_name(path.name.replace("probability", "mask"))
         steps, other, classes, others = (
             np.asarray(Image.open(folder / name.name)).astype(int)

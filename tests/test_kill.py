@@ -15,6 +15,7 @@ from data_helpers import save_tree
 
 import main
 from runtime.checkpoint import read_checkpoint
+from runtime.tracking_tensorboard import chart_of
 
 # Runs main.py with a disk so slow that many a kill falls into the writing of a file
 SLOW_DISK = """
@@ -76,7 +77,7 @@ def scalars(run: Path) -> list[tuple[int, float]]:
 
     events = event_accumulator.EventAccumulator(str(run))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("val/loss")]
+    return [(event.step, event.value) for event in events.Scalars(chart_of("val/loss"))]
 
 
 def kill_and_resume(tmp_path: Path, num_kills: int) -> None:

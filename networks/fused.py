@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from networks.backbones import Conv2dDepthwise
+
 # What may follow, as oneDNN calls it: name, numbers, algorithm
 Ending = tuple[str, list[float], str]
 NOTHING: Ending = ("none", [], "")
@@ -242,7 +244,8 @@ class Fused(nn.Module):
         self.is_same = type(layer).__name__ == "Conv2dSame"  # ours, and timm's
         self._packed: tuple[Any, Tensor] | None = None
         if isinstance(layer, nn.Conv2d):
-            if (type(layer) is not nn.Conv2d and not self.is_same) or layer.padding_mode != "zeros":
+            is_known = type(layer) in (nn.Conv2d, Conv2dDepthwise) or self.is_same
+            if not is_known or layer.padding_mode != "zeros":
                 raise NotImplementedError(layer)
             self.conv = (layer.padding, layer.stride, layer.dilation, layer.groups)
 

@@ -201,3 +201,15 @@ def test_a_model_whose_copy_fails_predicts_by_itself(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Fused, "forward", changed)
     assert prediction_copy(model, torch.float32, before, after) is model
+
+
+def test_depthwise_convolutions_learn_in_float32_on_a_cpu() -> None:
+    model = build_model(backbone="efficientnet_lite0", freeze_backbone=False).train()
+    conv = model.encoder.get_submodule("backbone.blocks.1.0.conv_dw")
+    image = torch.rand(2, 96, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(image).dtype == torch.float32
+        assert conv.eval()(image).dtype == torch.bfloat16
+    loss = conv.train()(image).square().mean()
+    loss.backward()
+    assert torch.isfinite(conv.weight.grad).all()

@@ -105,14 +105,14 @@ def peak_memory_of(variant: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device, scale: float | None = None) -> dict[str, float]:
     """Measure the most FLOP/s that convolutions and products reach here, per precision."""
     found = {}
-    scale = 4 if device.type == "cuda" else 1
+    scale = scale or (4 if device.type == "cuda" else 1)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        side = 2048 * scale
+        side = int(2048 * scale)
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        x = torch.randn(8 * scale, 256, 32, 32, device=device).to(dtype)
+        x = torch.randn(int(8 * scale), 256, 32, 32, device=device).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype)
         kernel = kernel.contiguous(memory_format=torch.channels_last)

@@ -24,8 +24,16 @@ from PIL import Image
 from mapping.grids import Grid, grid_of, overlap, warped
 from pairs.bands import AS_STORED, Reading
 from pairs.gdal import RasterBands, open_raster
-from pairs.headers import OTHER, Header, header_of
-from pairs.images import FORMATS, MAX_PIXELS, ORIENTATION, Pixels, read_pixels, read_size
+from pairs.headers import OTHER, PNG, Header, header_of
+from pairs.images import (
+    FORMATS,
+    MAX_PIXELS,
+    ORIENTATION,
+    Pixels,
+    orientation_of,
+    read_pixels,
+    read_size,
+)
 from pairs.sealed import sidecars, world_file
 from runtime.errors import UserError
 
@@ -242,19 +250,20 @@ def _why_raster(path: Path) -> str:
     """Return why a file has to be read by strips through GDAL, or "" if it is read whole."""
     if path.suffix.lower() not in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}:
         return f"a {path.suffix or 'raster'} file"
-    if sidecar := _placed_by(path):
-        return f"placed by {sidecar.name}"
     header = header_of(path)
-    if header.is_placed and header.orientation != 1:
-        raise UserError(
-            f"{path}: a GeoTIFF that its orientation tag ({header.orientation}) turns; save it "
-            "upright"
-        )
+    sidecar = _placed_by(path)
+    if (sidecar or header.is_placed) and (turn := orientation_of(path, header)) != 1:
+        what = f"placed by {sidecar.name}, and" if sidecar else "a GeoTIFF, and"
+        raise UserError(f"{path}: {what} its orientation ({turn}) turns it; save it upright")
+    if sidecar:
+        return f"placed by {sidecar.name}"
     if header.is_placed:
         return "a GeoTIFF"
     height, width = header.size
     turned = header.orientation != 1
-    if header.kind == OTHER:
+    if header.kind == PNG:
+        turned = orientation_of(path, header) != 1
+    elif header.kind == OTHER:
         try:
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size

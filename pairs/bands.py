@@ -20,6 +20,7 @@ from runtime.errors import UserError
 PERCENTILES = (2, 98)  # that become 0 and 255 where more than 8 bits come without a scale
 _OPAQUE_SHARE = 0.01  # alpha that is full on less than this is hardly alpha
 _FILL_SHARE = 0.001  # of the pixels: an extreme value that occurs so often may be a filling
+_STRIP = 2**18  # pixels that are scaled at once
 _FILLS = (-9999, -99999, -32768, -32767)  # customary ones; others are told by their distance
 
 Bytes = NDArray[np.uint8]
@@ -228,9 +229,20 @@ class Rendering:
         if self.palette is not None:
             colors = self.palette[rows[0].astype(np.uint8, copy=False)]
             return colors[..., :3].transpose(2, 0, 1), valid & (colors[..., 3] > 0)
-        rows, valid = self._parts(rows, valid)
         if self.range is None:
+            rows, valid = self._parts(rows, valid)
             return rows.astype(np.uint8, copy=False), valid
+        height, width = valid.shape
+        rgb, has_data = np.empty((3, height, width), np.uint8), np.empty_like(valid)
+        step = max(1, _STRIP // max(1, width))  # the steps between take fifty bytes a pixel
+        for top in range(0, height, step):
+            part = slice(top, top + step)
+            rgb[:, part], has_data[part] = self._scaled(rows[:, part], valid[part])
+        return rgb, has_data
+
+    def _scaled(self, rows: NDArray[Any], valid: Bools) -> tuple[Bytes, Bools]:
+        assert self.range is not None
+        rows, valid = self._parts(rows, valid)
         if rows.dtype.kind == "f":
             rows = np.where(valid, rows, 0)
         low, high = self.range

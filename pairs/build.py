@@ -1,7 +1,6 @@
 """A cache of decoded pairs that is being filled; `cache.py` says where, and what is in it."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
 import threading
@@ -14,6 +13,7 @@ import torch
 
 from pairs.images import Bytes
 from pairs.labels import MaskCoding
+from pairs.memo import short_hash
 from pairs.sources import (
     CachedSource,
     FileSource,
@@ -135,8 +135,3 @@ class Build:
 def hash_classes(encoding: MaskCoding) -> str:
     """Return what tells the meanings of label values apart, as a word of a file's name."""
     return short_hash((encoding.values, encoding.colors))
-
-
-def short_hash(content: object) -> str:
-    """Return a word of a file's name that tells contents apart."""
-    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -20,16 +20,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pairs.bands import AS_STORED, Reading
-from pairs.build import Build, hash_classes, short_hash
+from pairs.build import Build, hash_classes
 from pairs.check import DataSummary, check
 from pairs.images import read_size
 from pairs.labels import Classes, MaskCoding
-from pairs.memo import Stamp
+from pairs.memo import Stamp, short_hash
 from pairs.records import Keep
 from pairs.sources import (
     CachedSource,
@@ -38,10 +38,10 @@ from pairs.sources import (
     offsets_of,
 )
 from pairs.splits import Layout, Pair
+from pairs.threads import in_threads
 from runtime.devices import available_memory
 from runtime.errors import UserError
 from runtime.files import ABANDONED, locked
-from runtime.progress import Bar
 
 MAX_GB = 100.0  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory
@@ -294,7 +294,7 @@ def open_splits(
 
 
 def _decode_all(files: FileSource, build: Build) -> None:
-    """Decode every pair once, in threads: Pillow decodes without the GIL."""
+    """Decode every pair once."""
 
     def decode(number: int) -> None:
         files.check_unchanged(number)
@@ -302,14 +302,9 @@ def _decode_all(files: FileSource, build: Build) -> None:
         files.check_unchanged(number)
         build.put(files.pairs[number], arrays)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        done = pool.map(decode, range(len(files)))
-        try:
-            for _ in Bar(done, "decoding", total=len(files), unit="pairs", delay=1):
-                pass
-        except BaseException:  # Ctrl-C: leave now, not after the pairs that are queued
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    jobs = [(pair.files, partial(decode, number)) for number, pair in enumerate(files.pairs)]
+    for _ in in_threads(jobs, "decoding", "pairs"):
+        pass
 
 
 def _name(pairs: Sequence[Pair], stamps: Mapping[Path, Stamp], reading: Reading) -> str:

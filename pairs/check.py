@@ -128,7 +128,7 @@ def check(
     examples = {value: path for path in labels for value in records[path].pixels}
     encoding = choose_mask_coding(examples, classes, examples)
     splits = {
-        name: _summarize(split, records, encoding, crop_size)
+        name: _summarize(split, records, reader.cut, encoding, crop_size)
         for name, split in layout.splits.items()
     }
     return DataSummary(
@@ -255,15 +255,21 @@ def _fingerprint(layout: Layout, records: Mapping[Path, FileRecord]) -> str:
 
 
 def _summarize(
-    split: Sequence[Pair], records: Mapping[Path, FileRecord], encoding: MaskCoding, side: int
+    split: Sequence[Pair],
+    records: Mapping[Path, FileRecord],
+    cut: Mapping[tuple[Pair, Path], FileRecord],
+    encoding: MaskCoding,
+    side: int,
 ) -> SplitSummary:
-    labels = [records[pair.label] for pair in split]
-    all_labels = [records[path] for pair in split for path in pair.labels]
+    """Return a split in numbers; pixels without data are in none of its classes."""
+    by_pair = [[cut.get((pair, path), records[path]) for path in pair.labels] for pair in split]
+    firsts = [records[0] for records in by_pair]
+    all_labels = [record for records in by_pair for record in records]
     return SplitSummary(
-        pairs=len(labels),
-        sizes=tuple(sorted({label.size for label in labels})),
-        patches=sum(-(-h // side) * -(-w // side) for h, w in (label.size for label in labels)),
-        empty_patches=sum(label.uniform.get(encoding.values[0], 0) for label in labels),
+        pairs=len(split),
+        sizes=tuple(sorted({label.size for label in firsts})),
+        patches=sum(-(-h // side) * -(-w // side) for h, w in (label.size for label in firsts)),
+        empty_patches=sum(label.uniform.get(encoding.values[0], 0) for label in firsts),
         class_pixels=tuple(sum(r.pixels.get(v, 0) for r in all_labels) for v in encoding.values),
     )
 

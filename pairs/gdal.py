@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pairs.bands import AS_STORED, Bools, Bytes, Kind, Reading, Rendering
 from pairs.headers import GREY, OTHER, Header
-from pairs.sealed import open_sealed
+from pairs.sealed import open_sealed, open_virtual
 from runtime.errors import UserError
 
 _SAMPLE_SIDE = 1024  # of the thinned-out image that percentiles are taken from
@@ -39,7 +39,7 @@ def open_raster(
     """
     source = stack.enter_context(open_sealed(path, reason, allow_vrt=allow_vrt))
     if reading.bands is not None or reading.alpha is not None:
-        source = _with_alpha(source, stack, reading.alpha)
+        source = _with_alpha(path, source, stack, reading.alpha)
     return source
 
 
@@ -111,16 +111,22 @@ def kind_of(source: Any, header: Header) -> Kind:
     return Kind(tuple(names), dtype, bits, is_white_zero, table)
 
 
-def read_raster(path: Path, header: Header) -> tuple[NDArray[Any], Kind]:
-    """Return all samples (n, h, w) of a PNG or a TIFF, as stored, and what they are.
+def read_raster(path: Path, header: Header) -> tuple[NDArray[Any], Kind, Bools | None]:
+    """Return all samples (n, h, w) of a file as stored, what they are, and its mask.
 
     Raises:
         UserError: it cannot be read, or rasterio is not installed.
     """
     with ExitStack() as stack:
-        source = open_raster(path, header.odd, stack, AS_STORED)
+        source = open_raster(path, header.odd or "a band", stack, AS_STORED)
         try:
-            return source.read(), kind_of(source, header)
+            flags = source.mask_flag_enums[0]
+            mask = None
+            if any(flag.name == "per_dataset" for flag in flags) and "alpha" not in {
+                flag.name for flag in flags
+            }:
+                mask = source.read_masks(1) > 0
+            return source.read(), kind_of(source, header), mask
         except OSError as error:
             raise unreadable(path, error) from None
 
@@ -141,7 +147,7 @@ def _widest(dtypes: Iterable[str]) -> str:
     return str(np.result_type(*dtypes))
 
 
-def _with_alpha(source: Any, stack: ExitStack, alpha: int | None) -> Any:
+def _with_alpha(path: Path, source: Any, stack: ExitStack, alpha: int | None) -> Any:
     """Return a dataset of the same pixels that calls one band alpha, or none.
 
     Masks and resampling then follow it as they follow the alpha of any file.
@@ -166,4 +172,4 @@ def _with_alpha(source: Any, stack: ExitStack, alpha: int | None) -> Any:
             return f"{found[1]}<ColorInterp>Alpha</ColorInterp>{inner}{found[3]}"
 
         xml = re.sub(band, tag, xml, count=1, flags=re.DOTALL)
-    return stack.enter_context(rasterio.open(xml))
+    return stack.enter_context(open_virtual(path, xml, source))

@@ -11,6 +11,7 @@ Sources: TIFF 6.0, Adobe 1992; BigTIFF, awaresystems.be; PNG, ISO/IEC 15948; GDA
 """
 
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,11 @@ _PNG_COLORS = {0: (GREY, 1), 2: (RGB, 3), 3: (PALETTE, 1), 4: (GREY, 2), 6: (RGB
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _STRIPS, _ORIENTATION, _SAMPLES, _STRIP_BYTES, _PLANAR = 273, 274, 277, 279, 284
 _TILES, _TILE_BYTES, _EXTRA, _FORMAT, _NODATA = 324, 325, 338, 339, 42113
+# that a reader has to know; of the others, whether they are there
+_NEEDED = {
+    _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIPS, _ORIENTATION, _SAMPLES,
+    _STRIP_BYTES, _PLANAR, _TILES, _TILE_BYTES, _EXTRA, _FORMAT, _NODATA,
+}  # fmt: skip
 _GEO = {33550, 33922, 34264, 34735, 50844}  # pixel scale, tie points, transform, keys, RPCs
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 12: "d", 13: "I"}
 _TYPES |= {16: "Q", 17: "q", 18: "Q"}  # of BigTIFF
@@ -40,6 +46,8 @@ _COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32946, 32773}
 _JPEG = 7
 _PAGE, _REDUCED, _MASK = 0, 1, 4  # bits of the subfile type
 _MAX_PAGES = 1000
+MASK, NOTES = ".msk", ".aux.xml"  # GDAL's files beside an image that say what has no data
+_MAX_NOTES = 2**24  # bytes of the notes that are looked at
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def _read(start: bytes, tiff: BinaryIO | None) -> Header:
 
 
 def header_of(path: Path) -> Header:
-    """Read the header of a file, and look whether GDAL's mask lies beside it.
+    """Read the header of a file, and look whether GDAL's mask or notes lie beside it.
 
     Raises:
         OSError: it is not there or cannot be opened.
@@ -116,9 +124,24 @@ def header_of(path: Path) -> Header:
     with path.open("rb") as file:
         start = file.read(32)
         header = _read(start, file if start[:4] in _TIFF_STARTS else None)
-    if os.path.exists(f"{path}.msk"):  # noqa: PTH110 (a fifth of the time, for every file)
-        return replace(header, odd=header.odd or "with a mask beside it (.msk)")
+    # os.path, not Path: a fifth of the time, for every file
+    if header.nodata is None and os.path.isfile(f"{path}{NOTES}"):  # noqa: PTH113
+        header = _noted(header, Path(f"{path}{NOTES}"))
+    if os.path.exists(f"{path}{MASK}"):  # noqa: PTH110
+        return replace(header, odd=header.odd or f"with a mask beside it ({MASK})")
     return header
+
+
+def _noted(header: Header, notes: Path) -> Header:
+    """Return the header with the no data value that GDAL keeps beside a file, if all bands do."""
+    with notes.open("rb") as file:
+        text = file.read(_MAX_NOTES)
+    found = [_number(value) for value in re.findall(rb"<NoDataValue[^>]*>([^<]*)<", text)]
+    if len(set(map(str, found))) > 1:
+        return replace(header, odd=header.odd or f"a no data value for each band ({notes.name})")
+    # one that not all bands have leaves data everywhere
+    is_of_all = bool(found) and (header.kind == OTHER or len(found) == header.bands)
+    return replace(header, nodata=found[0]) if is_of_all else header
 
 
 def png_may_turn(file: BinaryIO) -> bool:
@@ -126,9 +149,10 @@ def png_may_turn(file: BinaryIO) -> bool:
     file.seek(len(_PNG_START))
     while len(start := file.read(8)) == 8:
         length, kind = int.from_bytes(start[:4], "big"), start[4:]
-        if kind == b"eXIf" or (kind == b"iTXt" and file.read(3) == b"XML"):
+        word = file.read(3) if kind in (b"iTXt", b"zTXt", b"tEXt") else b""
+        if kind == b"eXIf" or word in (b"XML", b"Raw"):  # "Raw profile type exif": ImageMagick
             return True
-        file.seek(length + 4 - (3 if kind == b"iTXt" else 0), 1)
+        file.seek(length + 4 - len(word), 1)
     return False
 
 
@@ -247,34 +271,30 @@ def _name(header: Header) -> str:
 def _read_tags(file: BinaryIO) -> tuple[dict[int, Any], list[int]]:
     """Return the tags of the first image of a TIFF, and the subfile type of each.
 
+    Those that nobody needs have no values.
+
     Raises:
         ValueError, struct.error: it is damaged.
     """
-    file.seek(0, 2)
-    length = file.tell()
+    length = os.fstat(file.fileno()).st_size
     file.seek(0)
     start = file.read(16)
     order, is_big = "<" if start[:2] == b"II" else ">", 43 in start[2:4]
-    count_form, entry_form, pointer = ("Q", "HHQ", "Q") if is_big else ("H", "HHI", "I")
+    count_form, pointer, word = ("Q", "Q", 8) if is_big else ("H", "I", 4)
+    entry_form = struct.Struct(f"{order}HH{pointer}{word}s")
     (at,) = struct.unpack_from(order + pointer, start, 8 if is_big else 4)
-    word = struct.calcsize(order + pointer)
-    entry_size = struct.calcsize(order + entry_form) + word
 
-    def values(entry: bytes) -> Any:
-        _, kind, count = struct.unpack_from(order + entry_form, entry)
+    def values(kind: int, count: int, data: bytes) -> Any:
         form = _TYPES.get(kind)
         if form is None:
             return ()
         size = count * struct.calcsize(order + form)
         if size > length:
             raise ValueError("a tag longer than the file")
-        data = entry[-word:]
         if size > word:
             file.seek(struct.unpack(order + pointer, data)[0])
             data = file.read(size)
-        if form == "s":
-            return data[:count]
-        return struct.unpack_from(f"{order}{count}{form}", data)
+        return data[:count] if form == "s" else struct.unpack_from(f"{order}{count}{form}", data)
 
     first: dict[int, Any] = {}
     pages: list[int] = []
@@ -282,19 +302,20 @@ def _read_tags(file: BinaryIO) -> tuple[dict[int, Any], list[int]]:
     while at and at not in seen and len(pages) < _MAX_PAGES:
         seen.add(at)
         file.seek(at)
-        (count,) = struct.unpack(order + count_form, file.read(struct.calcsize(order + count_form)))
-        if count * entry_size > length:
+        (count,) = struct.unpack(order + count_form, file.read(struct.calcsize(count_form)))
+        size = count * entry_form.size
+        if size > length:
             raise ValueError("more tags than the file holds")
-        block = file.read(count * entry_size + word)
-        (at,) = struct.unpack_from(order + pointer, block, count * entry_size)
-        entries = {}
-        for place in range(0, count * entry_size, entry_size):
-            entry = block[place : place + entry_size]
-            entries[struct.unpack_from(order + "H", entry)[0]] = entry
-        kind = values(entries[_SUBFILE]) if _SUBFILE in entries else (_PAGE,)
-        pages.append(kind[0])
-        if len(pages) == 1:
-            first = {tag: found for tag, entry in entries.items() if (found := values(entry))}
+        block = file.read(size + word)
+        (at,) = struct.unpack_from(order + pointer, block, size)
+        page, wanted = _PAGE, {_SUBFILE} if pages else _NEEDED
+        for tag, *entry in entry_form.iter_unpack(block[:size]):
+            found = values(*entry) if tag in wanted else ()
+            if tag == _SUBFILE and found:
+                page = found[0]
+            if not pages and (found or tag not in wanted):
+                first[tag] = found
+        pages.append(page)
     return first, pages
 
 

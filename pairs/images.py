@@ -2,9 +2,7 @@
 
     images    (H, W, 3) uint8 RGB, and where there is data: grey repeated; palettes looked up; CMYK
               converted; turned as EXIF says; more than 8 bits by a scale (`Reading`)
-    labels    (H, W) uint8: grey values as they are, whatever their depth; 1-bit as 0/255; palettes
-              as their grey if all their used colours are grey, else as indices; RGB with equal
-              channels as one; of classes with colours, RGB and palettes as the index of the colour
+    labels    (H, W) uint8: the values that stand for classes, see label_values.py
 
 No data is where alpha is 0, where all bands hold the no data value of the file, and what its mask
 says. What a file is stands in its header (headers.py): Pillow reads what it reads right, rasterio
@@ -25,11 +23,14 @@ from PIL import Image, ImageOps
 from pairs.bands import AS_STORED, Bools, Bytes, Kind, Reading, Rendering
 from pairs.gdal import open_bands, read_raster
 from pairs.headers import OTHER, PNG, QUARTER_TURNS, TIFF, Header, header_of, png_may_turn
+from pairs.label_values import Color, class_values
 from runtime.errors import UserError
 
 IGNORE = 255  # the class index of pixels that do not count
 # refused from the header, before a byte is decoded: 134 million, 11,585 x 11,585
 MAX_PIXELS = 2**27
+BYTES_A_PIXEL = 20  # that decoding takes at the most, with all copies on the way
+_LARGE = 2**24  # pixels of an image for which the memory is asked
 # Pillow goes by the content, not by the name, and would hand an EPS called .png to Ghostscript
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 ORIENTATION = 0x0112
@@ -52,7 +53,6 @@ _TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 _NO_PALETTE = np.zeros((256, 4), dtype=np.uint8)
 
-Color = tuple[int, int, int]
 _Rows = tuple[NDArray[Any], Any]  # rows of bands, and where they have data
 
 # Set once for the process: `catch_warnings` around each file is not safe in threads, where it can
@@ -90,20 +90,35 @@ def read_size(path: Path) -> tuple[int, int]:
     """Return (height, width) from the header alone."""
     header = _header(path)
     if header.kind == TIFF:
-        return _checked(header, path).size
+        return header.size
     with _open(path) as image:
         width, height = image.size
-        try:
-            if header.kind == PNG and "exif" not in image.info:
-                with path.open("rb") as file:
-                    may_turn = png_may_turn(file)
-            else:
-                may_turn = True
-            # Pillow decodes a whole PNG in search of EXIF behind its pixels
-            turned = may_turn and image.getexif().get(ORIENTATION) in QUARTER_TURNS
-        except Exception as error:
-            raise _unreadable(path, error) from None
+    turned = orientation_of(path, header) in QUARTER_TURNS
     return (width, height) if turned else (height, width)
+
+
+def num_pixels(path: Path) -> int:
+    """Return how many pixels there are to decode, from the header alone."""
+    header = _header(path)
+    if header.kind != OTHER:
+        return header.height * header.width
+    with _open(path) as image:
+        return image.height * image.width
+
+
+def orientation_of(path: Path, header: Header) -> int:
+    """Return how a file says that its image is turned, as in EXIF: 1 is upright."""
+    if header.kind == TIFF:
+        return header.orientation
+    try:
+        if header.kind == PNG:
+            with path.open("rb") as file:
+                if not png_may_turn(file):  # Pillow decodes it, in search of EXIF behind its pixels
+                    return 1
+        with Image.open(path, formats=FORMATS) as image:
+            return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whoever decodes it says what is wrong
+        return 1
 
 
 def read_image(path: Path, reading: Reading = AS_STORED) -> Bytes:
@@ -128,14 +143,14 @@ def read_pixels(path: Path, reading: Reading = AS_STORED, *, stretch: bool = Fal
             which of its bands are red, green and blue, or lacks one that was asked for.
     """
     header = _header(path)
-    with _bands(path, header, reading) as (rendering, thin, render):
+    with _memory_explained(path), _bands(path, header, reading) as (rendering, thin, render):
         if not stretch:
             rendering.refuse_open()
         if rendering.alpha:
             rendering.look(thin()[0])
         stretched = rendering.fit(*thin()) if rendering.is_open else ""
         rgb, valid = render()
-        turn = _turn(header)
+        turn = _turn(path, header) if _needs_gdal(header, reading) else lambda rows: rows
         return Pixels(
             np.ascontiguousarray(turn(rgb).transpose(1, 2, 0)),
             None if valid is None or valid.all() else np.ascontiguousarray(turn(valid)),
@@ -151,7 +166,7 @@ def read_sample(path: Path, reading: Reading) -> NDArray[np.float64]:
     Raises:
         UserError: as `read_pixels`.
     """
-    with _bands(path, _header(path), reading) as (rendering, thin, _):
+    with _memory_explained(path), _bands(path, _header(path), reading) as (rendering, thin, _):
         return rendering.values(*thin())
 
 
@@ -160,7 +175,7 @@ def _bands(
     path: Path, header: Header, reading: Reading
 ) -> Iterator[tuple[Rendering, Callable[[], _Rows], Callable[[], tuple[Bytes, Bools | None]]]]:
     """Open an image: its rendering, its rows thinned out, and the whole of it as RGB."""
-    if header.odd or _lacks_bands(header, reading):
+    if _needs_gdal(header, reading):
         with open_bands(path, header, reading) as raster:
             yield raster.rendering, raster.thinned, raster.read
         return
@@ -197,29 +212,24 @@ def read_label(path: Path, colors: Sequence[Color] | None = None) -> Bytes:
         colors: of the classes; None refuses a coloured label.
 
     Raises:
-        UserError: unreadable, too large, of unknown colours, with values above 255, or with an
-            alpha channel that says more than its colours.
+        UserError: unreadable, too large, or as `class_values`.
     """
-    header = _header(path)
-    if header.odd:
-        rows, kind = read_raster(path, header)
-        rows = _turn(header)(rows)
-        if kind.is_white_zero:
-            rows = rows.dtype.type(2**kind.bits - 1) - rows
-    else:
-        with _open(path) as image:
-            rows, kind, _ = _samples(_decoded(image, path, header), header, raw=True)
-    if "alpha" in kind.names:
-        alpha = list(kind.names).index("alpha")
-        _check_alpha(np.delete(rows, alpha, 0), rows[alpha], path)
-        rows = np.delete(rows, alpha, 0)
-    if kind.palette is not None:
-        return _of_palette(rows[0].astype(np.uint8, copy=False), kind.palette, colors, path)
-    if len(rows) == 3 and colors is not None and rows.dtype == np.uint8:
-        return _indices(np.ascontiguousarray(rows.transpose(1, 2, 0)), colors, path)
-    if len(rows) > 1 and not (rows == rows[:1]).all():
-        raise _coloured(rows, kind, path)
-    return _as_bytes(rows[0], kind, path)
+    header, mask = _header(path), None
+    with _memory_explained(path):
+        if header.odd or _drops_fourth(header):
+            rows, kind, mask = read_raster(path, header)
+            turn = _turn(path, header)
+            rows, mask = turn(rows), None if mask is None else turn(mask)
+        else:
+            with _open(path) as image:
+                hidden = _hidden_samples(image, path)
+                rows, kind, _ = _samples(_decoded(image, path, header), header, raw=True)
+            if hidden is not None and (hidden != hidden[0]).any():
+                raise UserError(
+                    f"{path}: a label with a fourth channel that has no name; save one channel of "
+                    "class values"
+                )
+        return class_values(rows, kind, colors, path, mask)
 
 
 def is_lossy(path: Path) -> bool:
@@ -248,8 +258,7 @@ def _header(path: Path) -> Header:
 
 
 def _checked(header: Header, path: Path) -> Header:
-    if header.width * header.height > MAX_PIXELS:
-        raise _too_large(path, header.width, header.height)
+    _check_size(path, header.width, header.height)
     if header.fault:
         raise UserError(
             f"{path}: has {header.fault}, which cannot be read rightly; save one RGB or grey "
@@ -258,10 +267,29 @@ def _checked(header: Header, path: Path) -> Header:
     return header
 
 
-def _too_large(path: Path, width: int, height: int) -> UserError:
-    return UserError(
-        f"{path}: {width} x {height} pixels are too many to decode at once; cut it into tiles"
-    )
+def _check_size(path: Path, width: int, height: int) -> None:
+    """Raise UserError if an image has more pixels than can be decoded at once."""
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path}: {width} x {height} pixels are too many to decode at once; cut it into tiles"
+        )
+    if width * height > _LARGE:
+        from runtime.devices import available_memory  # imports torch, which takes seconds
+
+        needed, free = width * height * BYTES_A_PIXEL, available_memory()
+        if needed > free:
+            raise UserError(
+                f"{path}: {width} x {height} pixels may take {needed / 1e9:.1f} GB to decode, but "
+                f"{free / 1e9:.1f} GB of memory are free; cut it into tiles"
+            )
+
+
+@contextmanager
+def _memory_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise UserError(f"{path}: no memory is left to decode it; cut it into tiles") from None
 
 
 def _open(path: Path) -> Image.Image:
@@ -271,9 +299,11 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path}: is gone") from None
     except Exception as error:
         raise _unreadable(path, error) from None
-    if image.width * image.height > MAX_PIXELS:
+    try:
+        _check_size(path, *image.size)
+    except UserError:
         image.close()
-        raise _too_large(path, *image.size)
+        raise
     return image
 
 
@@ -283,7 +313,7 @@ def _decoded(image: Image.Image, path: Path, header: Header) -> Image.Image:
             raise UserError(f"{path}: holds several pictures; save the one that is meant")
         image.load()
         return ImageOps.exif_transpose(image)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         # Pillow raises SyntaxError, OSError, ValueError, struct.error, zlib.error, EOFError, ...
@@ -296,11 +326,18 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
 
 
+def _needs_gdal(header: Header, reading: Reading) -> bool:
+    return bool(header.odd) or _lacks_bands(header, reading)
+
+
 def _lacks_bands(header: Header, reading: Reading) -> bool:
-    """Whether Pillow drops a band that is asked for: the fourth of four without a meaning."""
-    last = max([*(reading.bands or ()), reading.alpha or 0])
-    is_dropped = header.kind == TIFF and header.bands == 4 and not header.alpha
-    return is_dropped and header.colors != "CMYK" and last == 4
+    return _drops_fourth(header) and max([*(reading.bands or ()), reading.alpha or 0]) == 4
+
+
+def _drops_fourth(header: Header) -> bool:
+    """Whether Pillow drops the fourth of four bands, as it has no meaning."""
+    is_without_meaning = header.kind == TIFF and header.bands == 4 and not header.alpha
+    return is_without_meaning and header.colors != "CMYK"
 
 
 def _samples(
@@ -349,84 +386,14 @@ def _palette_of(image: Image.Image, key: object) -> Bytes:
     return table
 
 
-def _turn(header: Header) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def _turn(path: Path, header: Header) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """Return what turns rows (..., H, W) upright that rasterio read; Pillow turns by itself."""
-    return _TURNS.get(header.orientation if header.odd else 1, lambda rows: rows)
+    return _TURNS.get(orientation_of(path, header), lambda rows: rows)
 
 
-def _check_alpha(rows: NDArray[Any], alpha: NDArray[Any], path: Path) -> None:
-    """Raise UserError if the alpha channel of a label says more than its colours do.
-
-    It says no more where each colour has one alpha, and what is transparent is black.
-    """
-    if (alpha == alpha.max()).all() and alpha.max() > 0:
-        return
-    pairs = np.concatenate([rows, alpha[None]]).reshape(len(rows) + 1, -1).T
-    found = np.unique(pairs, axis=0)
-    colors = np.unique(found[:, :-1], axis=0)
-    if len(found) > len(colors) or found[found[:, -1] == 0, :-1].any():
-        values = ", ".join(map(str, np.unique(alpha)[:8].tolist()))
-        raise UserError(
-            f"{path}: its alpha channel ({values}) says other than its colours "
-            f"({', '.join(map(str, colors[:4].tolist()))}); save the mask as one channel of class "
-            "values, without alpha"
-        )
-
-
-def _of_palette(
-    indices: Bytes, palette: Bytes, colors: Sequence[Color] | None, path: Path
-) -> Bytes:
-    """Return the grey of a palette whose used colours are grey, else its indices."""
-    if colors is not None:
-        return _indices(palette[indices][..., :3], colors, path)
-    used = palette[np.unique(indices)]
-    if not (used[:, :3] == used[:, :1]).all():
-        return indices
-    grey = palette[indices]
-    if (used[:, 3] != 255).any():
-        _check_alpha(grey[None, ..., 0], grey[..., 3], path)
-    return np.ascontiguousarray(grey[..., 0])
-
-
-def _coloured(rows: NDArray[Any], kind: Kind, path: Path) -> UserError:
-    if kind.names[0] == "cyan":
-        return UserError(f"{path}: a label of CMYK pixels; save one channel of class values")
-    if len(rows) != 3:
-        return UserError(
-            f"{path}: a label of {len(rows)} bands that differ ({', '.join(kind.names)}); save "
-            "the band of class values alone"
-        )
-    found = np.unique(rows.reshape(3, -1).T, axis=0)[:8].tolist()
-    return UserError(
-        f"{path}: a coloured label, with {', '.join(map(str, found))}; "
-        "save it with one channel of class values, or name the colours in classes.json"
-    )
-
-
-def _as_bytes(values: NDArray[Any], kind: Kind, path: Path) -> Bytes:
-    """Return class values of any whole-number type as bytes."""
-    if values.dtype.kind not in "iu":
-        raise UserError(f"{path}: a label of {kind.dtype} pixels; save whole numbers from 0 to 255")
-    if kind.bits == 1 and values.max() <= 1:
-        return values.astype(np.uint8) * 255
-    if values.min() >= 0 and values.max() <= 255:
-        return np.ascontiguousarray(values.astype(np.uint8, copy=False))
-    if kind.dtype == "uint16" and set(np.unique(values).tolist()) <= {0, 65535}:
-        return np.where(values > 0, 255, 0).astype(np.uint8)
-    raise UserError(
-        f"{path}: a label of {kind.dtype} pixels from {values.min()} to {values.max()}; save 8 bits"
-    )
-
-
-def _indices(rgb: Bytes, colors: Sequence[Color], path: Path) -> Bytes:
-    """Return the index of each pixel's colour."""
-    packed = rgb.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
-    known = np.array(colors, dtype=np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
-    order = np.argsort(known)
-    place = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
-    strange = np.unique(rgb[known[place] != packed], axis=0)[:8].tolist()
-    if strange:
-        raise UserError(
-            f"{path}: the colours {', '.join(map(str, strange))} are no class (classes.json)"
-        )
-    return place.astype(np.uint8)
+def _hidden_samples(image: Image.Image, path: Path) -> Bytes | None:
+    """Return the fourth bytes of a BMP of 32 bits, which Pillow drops as they have no meaning."""
+    tiles = getattr(image, "tile", None)
+    if image.format != "BMP" or not tiles or tiles[0][3][0] != "BGRX":
+        return None
+    return np.fromfile(path, np.uint8, 4 * image.width * image.height, offset=tiles[0][2])[3::4]

@@ -16,19 +16,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pairs.headers import MASK, NOTES
 from runtime.errors import UserError
 from runtime.files import whole_file
 
-VERSION = 2  # another one: files are read again
+VERSION = 3  # another one: files are read again
 MAX_KINDS = 4  # of results of one file
 UNUSED = 180 * 24 * 3600  # seconds after which the memo of a dataset goes
 # The times of files tick: two writes within one tick have the same time. Linux ticks every 10 ms
 # at the most, so a file is left alone until it is older than that.
 TICK = 20_000_000  # nanoseconds
 
-# (bytes, time of writing, time of any change, inode). A user may set the second, not the third:
-# it also tells a file that was replaced by one of the same size and time.
-Stamp = tuple[int, int, int, int]
+# (bytes, time of writing, time of any change, inode), and the same of GDAL's mask and notes beside
+# it, if there are any. A user may set the second, not the third: it also tells a file that was
+# replaced by one of the same size and time.
+Stamp = tuple[int, ...]
 
 IRREGULAR = {
     stat.S_IFDIR: "a folder",
@@ -45,6 +47,14 @@ def stamp_of(path: Path) -> Stamp:
     Raises:
         UserError: it is gone, or no regular file: reading that might never end.
     """
+    stamp = _stamp_of(path)
+    for end in (MASK, NOTES):
+        if os.path.lexists(f"{path}{end}"):
+            stamp += _stamp_of(Path(f"{path}{end}"))
+    return stamp
+
+
+def _stamp_of(path: Path) -> Stamp:
     while True:
         try:
             found = path.stat()
@@ -61,6 +71,11 @@ def stamp_of(path: Path) -> Stamp:
         time.sleep((TICK - age) / 1e9)
 
 
+def short_hash(content: object) -> str:
+    """Return a word of a file's name that tells contents apart."""
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 class Memo:
     """Results of reading the files of one dataset.
 
@@ -74,10 +89,7 @@ class Memo:
         self.known: dict[str, dict[str, list]] = {}
         self.is_new = False
         if folder is not None:
-            name = hashlib.sha256(
-                str(root.absolute()).encode("utf-8", "surrogateescape")
-            ).hexdigest()[:16]
-            self.path = folder / f"checked-{name}.json"
+            self.path = folder / f"checked-{short_hash(str(root.absolute()))}.json"
             self.known = _load(self.path)
 
     def get(self, path: Path, kind: str, stamp: Stamp) -> Any:

@@ -1,26 +1,27 @@
 """What reading each file of a dataset shows, read in threads and remembered (`memo.py`)."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pairs.bands import Reading
+from pairs.bands import Bools, Reading
 from pairs.images import Bytes, Pixels, is_lossy, read_label, read_pixels
 from pairs.labels import Classes, MaskCoding, label_values
-from pairs.memo import Memo, Stamp, stamp_of
+from pairs.memo import Memo, Stamp, short_hash, stamp_of
+from pairs.sources import holes_in
 from pairs.splits import Layout, Pair
+from pairs.threads import in_threads
 from runtime.errors import UserError
-from runtime.progress import Bar
 
 # Takes a decoded pair: images (H, W, 3 or 4), see `Pixels.stacked`, and labels (H, W) as their
 # files write them
 Keep = Callable[[Pair, Sequence[Bytes]], None]
+# The files that are decoded, and what does it: what each file showed, by file and kind
+Job = tuple[Sequence[Path], Callable[[], dict[tuple[Path, str], "FileRecord"]]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FileRecord:
         is_lossy: of a label, whether it carries JPEG's noise.
         bands: of an image, those in use.
         remarks: of an image, what is odd about it.
+        has_holes: of an image, whether it lacks data anywhere.
         fault: why it cannot be used.
     """
 
@@ -47,11 +49,17 @@ class FileRecord:
     is_lossy: bool = False
     bands: str = ""
     remarks: tuple[str, ...] = ()
+    has_holes: bool = False
     fault: str = ""
 
 
 class Reader:
-    """Reads files that are not in the memo, in threads: Pillow decodes without the GIL."""
+    """Reads files that are not in the memo.
+
+    Attributes:
+        stamps: of every file that is there.
+        cut: what labels show where both dates have data, of pairs with holes.
+    """
 
     def __init__(self, classes: Classes, reading: Reading, crop_size: int, memo: Memo) -> None:
         self.classes, self.crop_size, self.memo = classes, crop_size, memo
@@ -62,6 +70,7 @@ class Reader:
             f"label {classes.num_labels} {self.first_value} {crop_size} {classes.colors or ''}"
         )
         self.stamps: dict[Path, Stamp] = {}
+        self.cut: dict[tuple[Pair, Path], FileRecord] = {}
 
     def read(
         self,
@@ -70,7 +79,8 @@ class Reader:
     ) -> dict[Path, FileRecord]:
         """Return what every file shows; hand the pairs of some splits on as they are decoded."""
         records: dict[Path, FileRecord] = {}
-        for pair in (pair for split in layout.splits.values() for pair in split):
+        pairs = [pair for split in layout.splits.values() for pair in split]
+        for pair in pairs:
             for path in pair.files:
                 if path not in self.stamps and path not in records:
                     try:
@@ -82,24 +92,22 @@ class Reader:
                     if found is not None:
                         records[path] = _from_json(found)
         keep = begin(self.stamps) if begin else {}
-        jobs = list(self._jobs(layout, keep, records))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            done = pool.map(lambda job: job(), jobs)
-            try:
-                for new in Bar(done, "reading", total=len(jobs), unit="files", delay=1):
-                    for (path, kind), record in new.items():
-                        records[path] = record
-                        if not record.fault:
-                            self.memo.put(path, kind, self.stamps[path], asdict(record))
-            except BaseException:  # Ctrl-C: leave now, not after the files that are queued
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        self._run(list(self._jobs(layout, keep, records)), records)
+        self._run(list(self._jobs_of_cut(pairs, records)), records)
         self.memo.save()
         return records
 
+    def _run(self, jobs: Sequence[Job], records: dict[Path, FileRecord]) -> None:
+        for new in in_threads(jobs, "reading", "files"):
+            for (path, kind), record in new.items():
+                if kind in (self.label_kind, self.image_kind):
+                    records[path] = record
+                if not record.fault:
+                    self.memo.put(path, kind, self.stamps[path], asdict(record))
+
     def _jobs(
         self, layout: Layout, keep: Mapping[str, Keep], records: Mapping[Path, FileRecord]
-    ) -> Iterator[Callable[[], dict[tuple[Path, str], FileRecord]]]:
+    ) -> Iterator[Job]:
         """What to decode: whole pairs where they are kept, else the files that are not known."""
         seen = set(records)
         for name, split in layout.splits.items():
@@ -107,14 +115,31 @@ class Reader:
                 new = [path for path in pair.files if path not in seen]
                 seen.update(new)
                 if name in keep and all(path in self.stamps for path in pair.files):
-                    yield partial(self._read, pair, pair.files, new, keep[name])
+                    yield pair.files, partial(self._read, pair, pair.files, new, keep[name])
                 elif new:
-                    yield partial(self._read, pair, new, new, None)
+                    yield new, partial(self._read, pair, new, new, None)
+
+    def _jobs_of_cut(
+        self, pairs: Sequence[Pair], records: Mapping[Path, FileRecord]
+    ) -> Iterator[Job]:
+        """Look up what labels show where there is data, and decode the pairs that nobody knows."""
+        for pair in pairs:
+            of_pair = [records[path] for path in pair.files]
+            is_whole = all(not r.fault and r.size == of_pair[0].size for r in of_pair)
+            if not is_whole or not (of_pair[0].has_holes or of_pair[1].has_holes):
+                continue
+            kind = self._cut_kind(pair)
+            for path in pair.labels:
+                found = self.memo.get(path, kind, self.stamps[path])
+                if found is not None:
+                    self.cut[pair, path] = _from_json(found)
+            if any((pair, path) not in self.cut for path in pair.labels):
+                yield pair.files, partial(self._read, pair, pair.files, [], None)
 
     def _read(
         self, pair: Pair, paths: Sequence[Path], new: Sequence[Path], keep: Keep | None
     ) -> dict[tuple[Path, str], FileRecord]:
-        """Decode some files of a pair, look at the new ones, and hand all of them on."""
+        """Decode files of a pair, look at the new ones, and hand all of them on."""
         found, arrays = {}, []
         for path in paths:
             try:
@@ -128,9 +153,17 @@ class Reader:
             if record is not None:
                 found[path, self._kind(pair, path)] = record
         is_whole = len(arrays) == len(paths) and len({array.shape[:2] for array in arrays}) == 1
+        if is_whole and len(paths) == len(pair.files) and (holes := holes_in(arrays)) is not None:
+            for path, array in zip(pair.labels, arrays[2:], strict=True):
+                self.cut[pair, path] = record = self._inspect_label(path, array, ~holes)
+                found[path, self._cut_kind(pair)] = record
         if keep and is_whole:
             keep(pair, arrays)
         return found
+
+    def _cut_kind(self, pair: Pair) -> str:
+        images = [(str(path), self.stamps[path]) for path in (pair.before, pair.after)]
+        return f"{self.label_kind} {short_hash((images, self.reading))}"
 
     def _kind(self, pair: Pair, path: Path) -> str:
         return self.label_kind if path in pair.labels else self.image_kind
@@ -142,9 +175,17 @@ class Reader:
         return image.stacked(), image
 
     def _inspect(self, path: Path, array: Bytes, image: Pixels | None) -> FileRecord:
-        if image is not None:
-            said = {"bands": image.bands, "remarks": image.remarks}
-            return FileRecord(array.shape[:2], _digest(array), **said)  # type: ignore[arg-type]
+        if image is None:
+            return self._inspect_label(path, array)
+        return FileRecord(
+            array.shape[:2],
+            _digest(array),
+            bands=image.bands,
+            remarks=image.remarks,
+            has_holes=image.valid is not None,
+        )
+
+    def _inspect_label(self, path: Path, array: Bytes, has_data: Bools | None = None) -> FileRecord:
         label_values(array, path)
         lossy = is_lossy(path)
         if lossy:
@@ -153,8 +194,8 @@ class Reader:
         return FileRecord(
             array.shape,
             _digest(array),
-            _count(array),
-            _count_uniform(array, self.crop_size),
+            _count(array if has_data is None else array[has_data]),
+            _count_uniform(array, self.crop_size, has_data),
             _digest(np.packbits(array == self.first_value)),
             lossy,
         )
@@ -166,8 +207,17 @@ def _from_json(record: dict) -> FileRecord:
         for name in ("pixels", "uniform")
     )
     height, width = record["size"]
-    rest = record["outline"], record["is_lossy"], record["bands"], tuple(record["remarks"])
-    return FileRecord((height, width), record["digest"], pixels, uniform, *rest)
+    return FileRecord(
+        (height, width),
+        record["digest"],
+        pixels,
+        uniform,
+        record["outline"],
+        record["is_lossy"],
+        record["bands"],
+        tuple(record["remarks"]),
+        record["has_holes"],
+    )
 
 
 def _digest(array: Bytes) -> str:
@@ -179,11 +229,12 @@ def _count(raw: Bytes) -> dict[int, int]:
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-def _count_uniform(raw: Bytes, side: int) -> dict[int, int]:
+def _count_uniform(raw: Bytes, side: int, has_data: Bools | None = None) -> dict[int, int]:
     found: dict[int, int] = {}
     for top in range(0, raw.shape[0], side):
         for left in range(0, raw.shape[1], side):
-            patch = raw[top : top + side, left : left + side]
-            if (patch == patch[0, 0]).all():
-                found[int(patch[0, 0])] = found.get(int(patch[0, 0]), 0) + 1
+            place = slice(top, top + side), slice(left, left + side)
+            values = raw[place] if has_data is None else raw[place][has_data[place]]
+            if values.size and (values == values.flat[0]).all():
+                found[int(values.flat[0])] = found.get(int(values.flat[0]), 0) + 1
     return found

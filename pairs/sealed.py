@@ -87,6 +87,31 @@ def open_sealed(
         yield source
 
 
+@contextmanager
+def open_virtual(path: Path, xml: str, source: Any) -> Iterator[Any]:
+    """Open a VRT that shows a file in another way; it opens no more files than that one does.
+
+    Args:
+        path: of the file, which `open_sealed` has opened.
+        xml: the VRT, as GDAL made it of the file.
+        source: the dataset of the file.
+
+    Raises:
+        UserError: it would open others.
+    """
+    import rasterio
+
+    if "<" in str(path.absolute()):  # GDAL takes a name that holds <VRTDataset for one
+        raise UserError(f"{path}: rename it without '<', or leave out --bands and --alpha")
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            virtual = stack.enter_context(rasterio.open(xml, driver="VRT"))
+        if others := set(virtual.files) - set(source.files):
+            raise UserError(f"{path}: would open another file, {min(others)}")
+        yield virtual
+
+
 def sidecars(path: Path) -> list[Path]:
     """Return what lies beside an image and tells GDAL more of it."""
     ends = [*SIDECARS, *_world_endings(path)]

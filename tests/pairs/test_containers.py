@@ -6,6 +6,7 @@
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -342,6 +343,122 @@ def test_without_rasterio_the_same_or_its_name(
     elif case.pixels is not None:
         look(case, path)
         look_at_label(case, path)
+
+
+def turned_png(path: Path) -> None:
+    """Write 16 bits with EXIF's word that the picture lies on its side."""
+    cv(np.ascontiguousarray(np.rot90(RGB16)))(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+    written = path.read_bytes()
+    path.write_bytes(written[:33] + chunk + written[33:])
+
+
+def turned_jpeg_with_mask(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(SMOOTH))).save(path, quality=98, exif=exif)
+    beside = path.with_name(f"{path.name}.msk")
+    mask = np.ascontiguousarray(np.rot90(np.where(OPAQUE, 255, 0).astype(np.uint8)))
+    size = {"height": WIDTH, "width": HEIGHT}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(beside, "w", driver="GTiff", count=1, dtype="uint8", **size) as file:
+            file.write(mask[None])
+            file.update_tags(**{f"INTERNAL_MASK_FLAGS_{band}": "2" for band in (1, 2, 3)})
+
+
+FOUR = np.rot90(np.dstack([RGB8, G8]))
+TURNED: dict[str, tuple[str, Callable[[Path], Any], Reading, np.ndarray, int]] = {
+    "PNG of 16 bits": (".png", turned_png, Reading(scale=(0, 255)), np.minimum(RGB16, 255), 0),
+    "JPEG with a mask beside it": (".jpg", turned_jpeg_with_mask, Reading(), SMOOTH, 12),
+    "JPEG, --bands": (".jpg", turned_jpeg_with_mask, Reading(bands=(3, 2, 1)),
+                      SMOOTH[..., ::-1], 12),
+    "TIFF, the fourth band": (
+        ".tif",
+        tif(FOUR, photometric="rgb", extrasamples=["unspecified"],
+            extratags=[(274, "H", 1, 6, True)]),
+        Reading(bands=(4, 1, 2)), np.dstack([G8, RGB8[..., :2]]), 0,
+    ),
+    "TIFF, the fourth band is alpha": (
+        ".tif",
+        tif(FOUR, photometric="rgb", extrasamples=["unspecified"],
+            extratags=[(274, "H", 1, 6, True)]),
+        Reading(alpha=4), RGB8, 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault("D4", "U9")
+@pytest.mark.parametrize("name", TURNED)
+def test_orientation_counts_with_every_option(name: str, tmp_path: Path) -> None:
+    ending, write, reading, expected, near = TURNED[name]
+    path = tmp_path / f"x{ending}"
+    write(path)
+    found = read_pixels(path, reading)
+    valid = np.ones((HEIGHT, WIDTH), bool) if found.valid is None else found.valid
+    assert read_size(path) == found.rgb.shape[:2] == (HEIGHT, WIDTH)
+    assert np.abs(found.rgb[valid].astype(int) - expected[valid]).max() <= near
+    if "mask" in name:
+        assert np.array_equal(valid, OPAQUE)
+    with open_scene(path, path, reading=reading) as scene:
+        before, _, has_data = scene.read(0, HEIGHT)
+    assert np.array_equal(has_data, valid)
+    assert np.array_equal(before[:, valid], found.rgb.transpose(2, 0, 1)[:, valid])
+
+
+@pytest.mark.fault("U9")
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_a_large_image_is_turned_too_and_a_placed_one_refused(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, exif = tmp_path / f"x{ending}", Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(SMOOTH).save(path, exif=exif)
+    monkeypatch.setattr("mapping.rasters.MAX_PLAIN", 100)
+    with open_scene(path, path) as scene:
+        assert (scene.grid.height, scene.grid.width) == (WIDTH, HEIGHT)
+    path.with_suffix(f"{ending[:2]}{ending[-1]}w").write_text("0.5\n0\n0\n-0.5\n0\n0\n")
+    with pytest.raises(UserError, match=r"orientation \(8\) turns it; save it upright"):  # noqa: SIM117
+        with open_scene(path, path):
+            pass
+
+
+HIDDEN = np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), np.where(OPAQUE, 255, 0)])
+HIDDEN = HIDDEN.astype(np.uint8)
+
+
+@pytest.mark.fault("D17")
+@pytest.mark.parametrize(
+    ("ending", "write", "said"),
+    [
+        (".tif", tif(HIDDEN, photometric="rgb", extrasamples=["unspecified"]), "4 bands that"),
+        (".tif", tif(HIDDEN, photometric="rgb"), "alpha channel"),
+        (".tif", tif(HIDDEN[..., 2:], photometric="minisblack", planarconfig="contig"), "2 bands"),
+        (".tif", gdal(HIDDEN[..., 0], mask=OPAQUE), "its mask"),
+        (".bmp", pil(HIDDEN), "a fourth channel"),
+        (".png", bytes_of(pil(HIDDEN, lossless=True, exact=True), ".webp"), "alpha channel"),
+    ],
+    ids=["no meaning", "TIFF alpha", "grey + one", "mask inside", "BMP of 32 bits", "WebP"],
+)
+def test_a_label_drawn_where_colours_are_not(
+    ending: str, write: Callable[[Path], Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x{ending}"
+    write(path)
+    with pytest.raises(UserError, match=said):
+        read_label(path)
+
+
+def test_a_label_with_channels_that_say_the_same(tmp_path: Path) -> None:
+    grey = np.where(OPAQUE, 255, 0).astype(np.uint8)
+    pil(np.dstack([grey] * 3 + [0 * grey]))(tmp_path / "x.bmp")
+    gdal(grey, mask=OPAQUE)(tmp_path / "x.tif")
+    tif(np.dstack([grey] * 4), photometric="rgb", extrasamples=["unspecified"])(tmp_path / "y.tif")
+    for name in ("x.bmp", "x.tif", "y.tif"):
+        assert np.array_equal(read_label(tmp_path / name), grey)
 
 
 def look_at_image(case: Case, path: Path) -> str:

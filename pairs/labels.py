@@ -209,7 +209,8 @@ class MaskCoding:
         if is_far[raw].mean() > MAX_JPEG_DOUBT:
             raise UserError(
                 f"{path}: {_lossy(path)} whose values do not gather around "
-                f"{', '.join(map(str, self.values))} (--mask-values); save labels as PNG"
+                f"{', '.join(map(str, self.values))} (--mask-values): soft edges or too few bits; "
+                "make it anew as PNG, resized with nearest neighbour"
             )
         return values[distance.argmin(1)].astype(np.uint8)[raw]
 
@@ -249,7 +250,7 @@ def choose_mask_coding(
         if found <= {*coding, *may_ignore} and not is_ignored_whole:
             return MaskCoding(coding, classes.names_for(coding), classes.colors)
     strange = min((sorted(found - set(coding)) for coding in known), key=len)
-    files = ", ".join(str(examples[v]) for v in strange[:3]) if examples else ""
+    files = ", ".join(dict.fromkeys(str(examples[v]) for v in strange[:3])) if examples else ""
     remedy = "give the value of class 0, 1, ... as --mask-values"
     if num_labels == 2 and found <= {0, 128, 255}:
         remedy = "--num-classes 3 reads them as none, road, building"
@@ -279,9 +280,9 @@ def label_values(raw: Bytes, path: Path) -> set[int]:
 
 
 def _is_soft(strange: Sequence[int], known: Sequence[Sequence[int]]) -> bool:
-    """Whether values lie between two classes, as smoothing leaves them, and are no classes."""
-    two = len(known[0]) == 2 and max(max(values) for values in known) == 255
-    return two and len(strange) >= MIN_SOFT and min(strange) > 0 and max(strange) < 255
+    """Whether values lie between classes, as smoothing leaves them, and are no classes."""
+    lowest, highest = min(map(min, known)), max(map(max, known))
+    return len(strange) >= MIN_SOFT and lowest < min(strange) and max(strange) < highest
 
 
 def _lossy(path: Path) -> str:

@@ -1,11 +1,17 @@
 """Names and codes of classes: told by the dataset, by a file, or asked for."""
 
+import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from data_helpers import mask_of, save, save_tree
+from PIL import Image
 
+from pairs.check import check
 from pairs.labels import LEVIR_MCI, SECOND, Classes, choose_classes
+from pairs.layouts import find_pairs
 from runtime.errors import UserError
 
 
@@ -78,3 +84,33 @@ def test_a_broken_file_is_named_with_the_remedy(content: object, tmp_path: Path)
     write(tmp_path, content)
     with pytest.raises(UserError, match=r"classes\.json: "):
         choose_classes(tmp_path)
+
+
+@pytest.mark.fault("D5")
+@pytest.mark.parametrize(("num_classes", "middle"), [(1, 0), (3, 128)])
+@pytest.mark.parametrize("how", ["resized", "JPEG called .png", "resized JPEG called .png"])
+def test_soft_edges_and_jpegs_under_other_names_get_a_remedy_that_helps(
+    num_classes: int, middle: int, how: str, tmp_path: Path
+) -> None:
+    mask = mask_of(64, 64)
+    mask[40:60, 40:60] = middle
+    image = Image.fromarray(mask)
+    if "resized" in how:
+        image = image.resize((37, 37), Image.Resampling.BILINEAR).resize((64, 64))
+    root = save_tree(tmp_path, size=(64, 64), train=2, val=1)
+    label = root / "train" / "label" / "train_0.png"
+    image.save(label, "JPEG" if "JPEG" in how else "PNG", quality=75)
+    look = functools.partial(check, find_pairs(root), Classes(num_classes))
+    if "resized" not in how:
+        assert "1 labels are JPEGs: their noise is snapped" in look().warnings[0]
+        return
+    with pytest.raises(UserError, match="nearest neighbour") as error:
+        look()
+    assert str(error.value).count("train_0.png") == 1
+    assert ("no png's" in str(error.value)) == ("JPEG" in how)
+    # what the remedy asks for is taken
+    hard = np.asarray(image)
+    steps = (64, 192) if middle else (128,)
+    values = np.array([0, 128, 255] if middle else [0, 255], np.uint8)
+    save(label, values[np.digitize(hard, steps)])
+    look()

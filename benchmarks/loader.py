@@ -41,7 +41,7 @@ STILL = Augment(brightness=0, contrast=0, saturation=0)
 
 
 class TorchvisionJitter(Augment):
-    """The same bytes by torchvision's functions, as they were before."""
+    """The jitter by torchvision's functions, step by step."""
 
     def _jitter(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         image = image.float() / 255

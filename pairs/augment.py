@@ -5,12 +5,15 @@ Flips are worth +0.4 F1 on LEVIR-CD, colour jitter hardly anything there (BTC, a
 across sensors and seasons jitter is what generalises.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+
+GREY = np.array([0.2989, 0.587, 0.114])  # of red, green and blue, as torchvision has it
 
 
 @dataclass(frozen=True)
@@ -49,60 +52,84 @@ class Augment:
     def _jitter(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Change the colours of one date, in a random order as torchvision's ColorJitter does.
 
-        In float32 and in place, with the same bytes as torchvision's functions in half their time.
+        But for the hue, which comes first, the steps are one: each turns gain * pixel + share *
+        grey + shift into another such sum, and what leaves 0 to 255 is cut off at the end alone.
+        That takes a third of the time.
         """
-        steps = (
-            (_brighten_, self.brightness, 1.0),
-            (_contrast_, self.contrast, 1.0),
-            (_saturate_, self.saturation, 1.0),
-            (F.adjust_hue, self.hue, 0.0),
-        )
-        if not any(reach for _, reach, _ in steps):
+        steps = ("brightness", "contrast", "saturation", "hue")
+        reach = {step: float(getattr(self, step)) for step in steps}
+        if not any(reach.values()):
             return image
-        image = image.float().div_(255)
-        for number in rng.permutation(len(steps)):
-            adjust, reach, neutral = steps[number]
-            value = neutral + reach * (2 * rng.random() - 1)
-            if reach:
-                image = adjust(image, value)
-        values = image.mul_(255).numpy()
-        # numpy: torch takes five times as long to make bytes of floats
-        return torch.from_numpy(np.rint(values, out=values).astype(np.uint8))
+        value = {steps[n]: reach[steps[n]] * (2 * rng.random() - 1) for n in rng.permutation(4)}
+        if reach["hue"]:
+            image = F.adjust_hue(image, value["hue"])
+        gain, share, shift = 1.0, 0.0, 0.0
+        for step, change in value.items():
+            factor = 1 + change
+            if step == "brightness":
+                gain, share, shift = factor * gain, factor * share, factor * shift
+            elif step == "contrast":
+                mean = (gain + share) * _mean_grey(image) + shift
+                gain, share, shift = factor * gain, factor * share, factor * shift - change * mean
+            elif step == "saturation":
+                gain, share = factor * gain, factor * share - change * (gain + share)
+        return _mixed(image, gain, share, shift)
+
+
+def _mean_grey(image: Tensor) -> float:
+    """Return the mean brightness of every eighth row: more would not make another picture."""
+    rows = image[:, ::8].numpy()
+    sums = rows.sum((1, 2), dtype=np.uint32)
+    return float(sums @ GREY) * len(sums) / rows.size
+
+
+def _mixed(image: Tensor, gain: float, share: float, shift: float) -> Tensor:
+    """Return gain * pixel + share * grey + shift, of uint8 (3, H, W), cut off at 0 and 255.
+
+    In int16, in units of 1 / 64 as a rule: half of float32's time, and off by a step or two.
+    """
+    most = 255 * (abs(gain) + abs(share)) + abs(shift) + 1
+    bits = min(max(int(np.log2(32767 / most)), 0), 7)  # 256 << 7 is the first that int16 lacks
+    unit = 1 << bits
+    red, _, blue = (round(unit * share * part) for part in GREY.tolist())
+    green = round(unit * (gain + share)) - round(unit * gain) - red - blue  # grey stays grey
+    pixels = image.to(torch.int16)
+    start = torch.tensor(round(unit * (shift + 0.5)), dtype=torch.int16)
+    grey = torch.add(start, pixels[0], alpha=red)
+    grey.add_(pixels[1], alpha=green).add_(pixels[2], alpha=blue)
+    torch.add(grey, pixels, alpha=round(unit * gain), out=pixels).clamp_(0, 256 * unit - 1)
+    values = pixels.numpy()
+    values >>= bits
+    return torch.from_numpy(values.astype(np.uint8))
 
 
 def _placed(x: Tensor, turns: int, *, flipped: bool) -> Tensor:
     """Return a copy of (..., H, W), flipped left to right, then turned by 90 degrees `turns` times.
 
-    Turns by 90 and 270 degrees are transpositions: torch has a fast way for two dimensions alone.
+    Turns by 90 and 270 degrees are transpositions.
     """
     is_turned = turns % 2 == 1
     flips = {-2 if is_turned else -1} if flipped else set()
     flips ^= ({-2}, {-2, -1}, {-1})[turns - 1] if turns else set()
-    if is_turned:
-        height, width = x.shape[-2:]
-        turned = x.new_empty((*x.shape[:-2], width, height))
-        sources, targets = x.contiguous().view(-1, height, width), turned.view(-1, width, height)
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source.t())
-        return turned.flip(*flips) if flips else turned
-    return x.flip(*flips) if flips else x.clone()
+    x = _transposed(x) if is_turned else x
+    if flips:
+        return x.flip(*flips)
+    return x if is_turned else x.clone()
 
 
-def _brighten_(image: Tensor, factor: float) -> Tensor:
-    image.mul_(factor)
-    return image.clamp_(max=1) if factor > 1 else image
+def _transposed(x: Tensor) -> Tensor:
+    """Return a copy (..., W, H) of bytes (..., H, W), in 2 x 2 blocks: twice as fast as one by one.
 
-
-def _contrast_(image: Tensor, factor: float) -> Tensor:
-    mean = F.rgb_to_grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
-    return _blend_(image, mean, factor)
-
-
-def _saturate_(image: Tensor, factor: float) -> Tensor:
-    return _blend_(image, F.rgb_to_grayscale(image), factor)
-
-
-def _blend_(image: Tensor, other: Tensor, share: float) -> Tensor:
-    """Mix two images in place; what lies between them needs no bounds."""
-    image.mul_(share).add_(other, alpha=1 - share)
-    return image.clamp_(0, 1) if share > 1 else image
+    The bytes of two rows are sorted into pairs, each a column's two, and the pairs transposed.
+    """
+    pixels = x.contiguous().view(-1, *x.shape[-2:]).numpy()
+    height, width = pixels.shape[1:]
+    out = np.empty((len(pixels), width, height), np.uint8)
+    if height % 2 or width % 2 or sys.byteorder == "big":
+        out[:] = pixels.transpose(0, 2, 1)
+    else:
+        upper, lower = (pixels[:, row::2].view(np.uint16) for row in (0, 1))
+        pairs = out.view(np.uint16)
+        pairs[:, 0::2] = (upper & 0xFF | lower << 8).transpose(0, 2, 1)
+        pairs[:, 1::2] = (upper >> 8 | lower & 0xFF00).transpose(0, 2, 1)
+    return torch.from_numpy(out).view(*x.shape[:-2], width, height)

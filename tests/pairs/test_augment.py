@@ -67,46 +67,72 @@ def test_each_knob_has_an_effect(knob: str) -> None:
     assert not torch.equal(augmented(augment, 0, given)[0], given[0])
 
 
-def with_torchvision(augment: Augment, seed: int, given: Triple) -> Triple:
-    """What `Augment` does, by torchvision's functions."""
-    rng = np.random.default_rng(seed)
-    flipped, turns, swapped = rng.random() < 0.5, int(rng.integers(4)), rng.random() < 0.5
-
-    def place(x: Tensor) -> Tensor:
-        return torch.rot90(x.flip(-1) if flipped else x, turns, (-2, -1))
-
-    def jitter(image: Tensor) -> Tensor:
-        image = image.float() / 255
-        steps = (
-            (F.adjust_brightness, augment.brightness),
-            (F.adjust_contrast, augment.contrast),
-            (F.adjust_saturation, augment.saturation),
-            (F.adjust_hue, augment.hue),
-        )
-        for number in rng.permutation(4):
-            adjust, reach = steps[number]
-            value = (adjust is not F.adjust_hue) + reach * (2 * rng.random() - 1)
-            image = adjust(image, value) if reach else image
-        return (image * 255).round_().to(torch.uint8)
-
-    before, after, mask = given
-    first, second = (after, before) if swapped else (before, after)
-    return jitter(place(first)), jitter(place(second)), place(mask)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (1, 7), (17, 33), (130, 61)])
-@pytest.mark.parametrize("hue", [0, 0.1])
-def test_every_byte_is_that_of_torchvision(size: tuple[int, int], hue: float) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (1, 7), (17, 33), (130, 62)])
+@pytest.mark.parametrize("mask_of", [1, 2])
+def test_every_byte_is_where_rot90_and_flip_put_it(size: tuple[int, int], mask_of: int) -> None:
     for seed in range(24):
+        pixels = np.random.default_rng(seed).integers(0, 256, (6 + mask_of, *size), dtype=np.uint8)
+        before, after, mask = torch.from_numpy(pixels).split((3, 3, mask_of))
         rng = np.random.default_rng(seed)
-        high = 256 if seed % 4 else 1  # and all white
-        pixels = 255 - rng.integers(0, high, (7, *size), dtype=np.uint8)
-        before, after, mask = torch.from_numpy(pixels).split((3, 3, 1))
-        augment = Augment(hue=hue, brightness=0.5 if seed % 2 else 0.2)
-        expected = with_torchvision(augment, seed, (before, after, mask))
-        found = augmented(augment, seed, (before, after, mask))
+        flipped, turns, swapped = rng.random() < 0.5, int(rng.integers(4)), rng.random() < 0.5
+        parts = [after, before, mask.flip(0)] if swapped else [before, after, mask]
+        expected = [torch.rot90(x.flip(-1) if flipped else x, turns, (-2, -1)) for x in parts]
+        found = augmented(GEOMETRY, seed, (before, after, mask))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
         assert all(part.is_contiguous() for part in found)
+
+
+def with_torchvision(augment: Augment, image: Tensor, rng: np.random.Generator) -> Tensor:
+    """What the jitter does to an image, by torchvision's functions, before it becomes bytes."""
+    image = image.float() / 255
+    steps = (
+        (F.adjust_brightness, augment.brightness),
+        (F.adjust_contrast, augment.contrast),
+        (F.adjust_saturation, augment.saturation),
+        (F.adjust_hue, augment.hue),
+    )
+    for number in rng.permutation(4):
+        adjust, reach = steps[number]
+        value = (adjust is not F.adjust_hue) + reach * (2 * rng.random() - 1)
+        image = adjust(image, value) if reach else image
+    return image * 255
+
+
+@pytest.mark.parametrize("size", [(64, 64), (130, 61)])
+@pytest.mark.parametrize("reach", [0.2, 0.5])
+def test_colours_are_those_of_torchvision(size: tuple[int, int], reach: float) -> None:
+    """Where nothing is cut off on the way: from the middle of the range, that is."""
+    knobs = {"brightness": reach, "contrast": reach, "saturation": reach}
+    augment = Augment(**knobs)
+    for seed in range(24):
+        pixels = np.random.default_rng(seed).integers(60, 100, (3, *size), dtype=np.uint8)
+        image = torch.from_numpy(pixels)
+        expected = with_torchvision(augment, image, np.random.default_rng(seed))
+        found = augment._jitter(image, np.random.default_rng(seed)).float()
+        assert expected.min() > 0 and expected.max() < 255
+        assert (found - expected).abs().max() < 2.6, seed
+        assert (found - expected).mean().abs() < 1, seed
+
+
+def test_colours_that_leave_the_range_are_cut_off() -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        image = torch.from_numpy(rng.choice([0, 255], (3, 32, 32)).astype(np.uint8))
+        for reach in (0.2, 1.0):
+            augment = Augment(brightness=reach, contrast=reach, saturation=reach)
+            expected = with_torchvision(augment, image, np.random.default_rng(seed))
+            found = augment._jitter(image, np.random.default_rng(seed)).float()
+            # each pixel moves to the same side; only cutting off at each step tells them apart
+            assert (found - expected).abs().mean() < 100 * reach
+            assert found[image == 255].mean() >= found[image == 0].mean()
+
+
+def test_hue_is_torchvisions() -> None:
+    image = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(2))
+    augment = Augment(brightness=0, contrast=0, saturation=0, hue=0.2)
+    found = augment._jitter(image.byte(), np.random.default_rng(0)).float()
+    expected = with_torchvision(augment, image.byte(), np.random.default_rng(0))
+    assert (found - expected).abs().max() < 2.1
 
 
 def test_chance_comes_from_the_generator_alone() -> None:

@@ -102,8 +102,7 @@ def with_torchvision(augment: Augment, image: Tensor, rng: np.random.Generator) 
 @pytest.mark.parametrize("reach", [0.2, 0.5])
 def test_colours_are_those_of_torchvision(size: tuple[int, int], reach: float) -> None:
     """Where nothing is cut off on the way: from the middle of the range, that is."""
-    knobs = {"brightness": reach, "contrast": reach, "saturation": reach}
-    augment = Augment(**knobs)
+    augment = Augment(brightness=reach, contrast=reach, saturation=reach)
     for seed in range(24):
         pixels = np.random.default_rng(seed).integers(60, 100, (3, *size), dtype=np.uint8)
         image = torch.from_numpy(pixels)

@@ -72,6 +72,9 @@ class Config:
         "concat", "how both dates become one: concat, diff, concat_diff, cross_attention"
     )
     weights: str = option("imagenet", "weights the encoder starts from: imagenet, none or a file")
+    init: str | None = option(
+        None, "run or checkpoint whose whole model, encoder and decoder, this run starts from"
+    )
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 
     loss: str = option(
@@ -168,6 +171,7 @@ from training.engine import (
     build_optimizer,
     evaluate,
     learn_epoch,
+    load_init,
     warmup_cosine,
 )
 from training.recipe import sample_recipe
@@ -319,6 +323,8 @@ def build(
         lambda: (
             state["weights"]
             if state
+            else load_init(model, architecture, config.init)
+            if config.init
             else load_weights(model.encoder, config.backbone, config.weights)
         )
     )

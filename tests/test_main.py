@@ -678,3 +678,19 @@ def test_a_run_is_claimed_before_it_is_read(
     monkeypatch.setattr(run_folder, "read_checkpoint", read_alone)
     train({"resume": str(run), "epochs": 2})
     assert read == [run / "last.pt"]
+
+
+def test_a_run_starts_from_the_whole_model_of_another(tree: Path, tmp_path: Path) -> None:
+    first = tmp_path / "runs" / "first"
+    main.train(options(tree, name="first", epochs=1))
+    start = read_checkpoint(first / "best.pt")["model"]
+    main.train(options(tree, name="second", epochs=1, init=str(first), lr=1e-12))
+    second = read_checkpoint(tmp_path / "runs" / "second" / "last.pt")
+    assert second["weights"] == f"the whole model of {first / 'best.pt'}"
+    weights = {k for k in start if k.endswith("weight")}
+    for name in weights:
+        torch.testing.assert_close(second["model"][name], start[name])
+    with pytest.raises(UserError, match="--init .*fusion is concat, this run's diff; change"):
+        main.train(options(tree, name="third", init=str(first), fusion="diff"))
+    with pytest.raises(UserError, match="--init nowhere: no such run"):
+        main.train(options(tree, name="fourth", init="nowhere"))

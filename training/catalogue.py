@@ -12,7 +12,7 @@ from typing import Any
 
 from pairs.layouts import find_pairs, read_folders
 from runtime.errors import UserError
-from runtime.options import newest_runs
+from runtime.options import find_model, newest_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 256  # pixels of an image that is counted for
@@ -84,6 +84,13 @@ def check_options(config: Any, is_new: bool = True) -> None:
             f"--weights {config.weights}: no such file; give imagenet, none, or the file of a "
             "state dict of this backbone"
         )
+    if config.init:
+        try:
+            find_model(config.init)
+        except UserError as error:
+            raise UserError(f"--init {error}") from None
+        if config.weights not in ("imagenet", "none"):
+            raise UserError(f"--init and --weights {config.weights}: give one of them")
     if config.folders:
         read_folders(config.folders, config.task)
     if config.pairs and not Path(config.pairs).is_file():

@@ -21,9 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from dataset import PairLoader
 from metrics import Confusion, ScoreHistogram
 from model import SiameseUNet
+from runtime.checkpoint import read_checkpoint, restore, short
 from runtime.devices import Precision
 from runtime.distributed import all_reduce_, no_sync, rank, summand, world_size
-from runtime.errors import DivergedError
+from runtime.errors import DivergedError, UserError
+from runtime.options import find_model
 from runtime.progress import Bar, duration
 
 CHECK_EVERY = 32
@@ -332,6 +334,30 @@ def learn_epoch(
         "pairs_per_second": (num_batches - first) * in_batch / seconds,
         "data_wait_share": (loader.waited - waited) / seconds,
     }
+
+
+def load_init(model: SiameseUNet, architecture: dict[str, Any], word: str) -> str:
+    """Fill a model with that of another run, and return a phrase that says so.
+
+    Args:
+        model: is changed in place.
+        architecture: what it was built from, as of `build_model`.
+        word: names the run or checkpoint, as `find_model` has it.
+
+    Raises:
+        UserError: there is no such run, or its model is another one.
+    """
+    path = find_model(word)
+    state = read_checkpoint(path)
+    for name, wanted in architecture.items():
+        if (found := state["model_kwargs"].get(name)) != wanted:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--init {word}: its {name} is {short(found)}, this run's {wanted}; change "
+                f"--{flag}, or take the encoder alone: --weights {path}"
+            )
+    restore({"model": model}, state, path)
+    return f"the whole model of {path}"
 
 
 def build_optimizer(

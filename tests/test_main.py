@@ -690,7 +690,7 @@ def test_a_run_starts_from_the_whole_model_of_another(tree: Path, tmp_path: Path
     weights = {k for k in start if k.endswith("weight")}
     for name in weights:
         torch.testing.assert_close(second["model"][name], start[name])
-    with pytest.raises(UserError, match="--init .*fusion is concat, this run's diff; change"):
+    with pytest.raises(UserError, match="--init .*fusion is 'concat', this run's diff; change"):
         main.train(options(tree, name="third", init=str(first), fusion="diff"))
-    with pytest.raises(UserError, match="--init nowhere: no such run"):
+    with pytest.raises(UserError, match="nowhere: no such run"):
         main.train(options(tree, name="fourth", init="nowhere"))

@@ -1,15 +1,18 @@
 """The list of names: every entry is there, with numbers of its own model."""
 
+from pathlib import Path
+
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from losses import LOSSES
+from main import Config
 from model import build_model, count_parameters
 from networks.encoders import ENCODERS
 from networks.fusion import FUSIONS
 from runtime.errors import UserError
 from training import catalogue
-from training.catalogue import COSTS, check_words, measure
+from training.catalogue import COSTS, check_options, check_words, measure
 
 
 def test_everything_is_listed() -> None:
@@ -69,3 +72,11 @@ def test_wrong_words_are_named_with_the_right_ones(given: dict[str, str], says: 
     check_words(**right)
     with pytest.raises(UserError, match=says):
         check_words(**right | given)
+
+
+def test_a_start_is_a_run_and_the_only_one(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(UserError, match="--init nowhere: no such run or checkpoint"):
+        check_options(Config(init="nowhere"))
+    with pytest.raises(UserError, match="give one of them"):
+        check_options(Config(init=str(tmp_path), weights=str(tmp_path / "best.pt")))

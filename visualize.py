@@ -3,12 +3,9 @@
     TP (hit) white, FP (false alarm) red, FN (miss) blue, a wrong class of change yellow, no change
     in both black; told apart by every kind of colour vision, and named in the legend.
 
-Figures are built without pyplot, so nothing here needs a display or leaves global state behind.
 Names of classes and files are text of strangers: `plain_text` makes them safe to draw.
 """
 
-import functools
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch
-from matplotlib.text import Text
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -34,8 +27,7 @@ from model import SiameseUNet
 from networks.fusion import CrossAttention
 from pairs.images import IGNORE
 from pairs.labels import MaskCoding
-from runtime.errors import visible
-from runtime.files import whole_file
+from runtime.figures import Picture, plain_text, plain_title, save_figure
 
 log = logging.getLogger("visualize")
 
@@ -48,57 +40,11 @@ IGNORED = np.array([96, 96, 96], dtype=np.uint8)
 TP, FP, FN = (255, 255, 255), (230, 40, 40), (60, 130, 255)
 WRONG_CLASS = (240, 228, 66)
 LEGEND = {"hit": TP, "false alarm": FP, "miss": FN, "no change, rightly": (0, 0, 0)}
-LONGEST_TEXT = 60  # characters of a foreign text in a figure
-# DejaVu comes with matplotlib; of the others, which have Chinese, Japanese and Korean, what is here
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC",
-         "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic",
-         "Arial Unicode MS")  # fmt: skip
 COLUMNS = {
     "change": ("before", "after", "truth", "prediction", "errors"),
     "semantic": ("before", "after", "truth, before", "truth, after", "prediction, before",
                  "prediction, after", "errors"),
 }  # fmt: skip
-
-
-class Picture(Figure):
-    """A figure that notebooks show by themselves, without pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.savefig(content, format="png")
-        return content.getvalue()
-
-    def draw(self, renderer: RendererBase) -> None:
-        """Draw with the fonts that `plain_text` counts on."""
-        for text in self.findobj(Text):
-            text.set_fontfamily(list(_fonts()))
-        super().draw(renderer)
-
-
-@functools.cache
-def _fonts() -> dict[str, FT2Font]:
-    installed = {font.name for font in fontManager.ttflist}
-    return {name: get_font(findfont(name)) for name in FONTS if name in installed}
-
-
-def plain_text(text: str, length: int = LONGEST_TEXT) -> str:
-    """Return a foreign text in a form that a figure shows as it is written.
-
-    A long text loses its middle, a character that no font has is escaped, a dollar begins no
-    formula, and a leading underscore does not keep a name out of a legend.
-    """
-    if len(text) > length:
-        text = f"{text[: length // 2]}...{text[3 + length // 2 - length :]}"
-    shown = "".join(
-        c if any(font.get_char_index(ord(c)) for font in _fonts().values()) else ascii(c)[1:-1]
-        for c in visible(text.replace("\n", " "))
-    )
-    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
-
-
-def plain_title(title: str) -> str:
-    """Return a title of several lines, each as `plain_text`; lines may be longer."""
-    return "\n".join(plain_text(line, 2 * LONGEST_TEXT) for line in title.splitlines())
 
 
 def plot_predictions(
@@ -279,13 +225,6 @@ def error_overlay(truth: NDArray[np.integer], predicted: NDArray[np.integer]) ->
     alpha = np.where(painted.any(axis=-1), 255, 0)
     alpha[truth[0] == IGNORE] = 160
     return np.dstack([painted, alpha]).astype(np.uint8)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Save as PNG so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
-        figure.savefig(beside, format="png")
 
 
 @torch.no_grad()

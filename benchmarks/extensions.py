@@ -24,7 +24,7 @@ from metrics import Confusion
 from model import load_model
 from runtime.checkpoint import read_checkpoint
 from runtime.devices import Precision, pick_precision
-from visualize import Picture, save_figure
+from runtime.figures import Picture, save_figure
 
 ROOT = measure.HERE.parent
 VARIANTS = [

@@ -28,8 +28,8 @@ from metrics import Confusion
 from model import Encoder, build_model
 from runtime.devices import Precision, keep_freed_memory
 from runtime.distributed import parallel
+from runtime.figures import Picture, save_figure
 from training.engine import Progress, build_optimizer, train_one_epoch, warmup_cosine
-from visualize import Picture, save_figure
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from metrics import SemanticConfusion
 from pairs.sources import Source
+from runtime.figures import Picture, plain_title
 from runtime.page import image_uri
 from scoring.corruptions import CORRUPTIONS, LOSSLESS
 from scoring.counts import CALIBRATION_BINS, STEPS
@@ -25,9 +26,7 @@ from visualize import (
     FP,
     TP,
     WRONG_CLASS,
-    Picture,
     error_overlay,
-    plain_title,
     plot_confusion,
     plot_transitions,
     prediction_grid,

@@ -21,6 +21,7 @@ import torch
 from metrics import change_scores
 from runtime.checkpoint import digest_of
 from runtime.errors import UserError, visible
+from runtime.figures import save_figure
 from runtime.files import new_folder, read_json
 from runtime.options import written_at
 from runtime.page import png_uri, write_page
@@ -40,7 +41,6 @@ from scoring.report import (
     score_rows,
     text,
 )
-from visualize import save_figure
 
 NOT_IN_PAGE = "worst_pairs"  # the figure of what the page shows to swipe
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
 from pairs.labels import MaskCoding
+from runtime.figures import save_figure
 from visualize import (
     COLUMNS,
     FN,
@@ -24,7 +25,6 @@ from visualize import (
     plot_confusion,
     plot_predictions,
     prediction_grid,
-    save_figure,
 )
 
 

@@ -16,6 +16,7 @@ from model import count_parameters, load_model
 from pairs.synthetic.sample_set import SAMPLE_LABEL
 from runtime.devices import describe
 from runtime.distributed import rank, world_size
+from runtime.figures import save_figure
 from runtime.files import whole_file
 from runtime.progress import duration
 from runtime.tracking import Tracker
@@ -29,7 +30,6 @@ from visualize import (
     plot_transitions,
     predict_samples,
     prediction_grid,
-    save_figure,
 )
 
 PICTURE = "validation_predictions.png"

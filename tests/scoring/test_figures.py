@@ -9,11 +9,11 @@ from data_helpers import save_tree
 from dataset import open_dataset
 from metrics import Confusion, ScoreHistogram
 from pairs.sources import Source
+from runtime.figures import save_figure
 from scoring.corruptions import CORRUPTIONS
 from scoring.counts import STEPS, Prediction, SplitCounts, add_to_histogram, count_image
 from scoring.evaluation import BY_VAL, DEFAULT, ProtocolResult
 from scoring.figures import draw_all, plot_calibration, plot_precision_recall, plot_worst
-from visualize import save_figure
 
 
 @pytest.fixture

@@ -249,26 +249,15 @@ def build_loss(
     Raises:
         UserError: an unknown name.
     """
-    check_loss(name)
-    own_weights = None if task == "semantic" else class_weights
-    parts = [LOSSES[part](bce_weight, iou_weight, own_weights) for part in name.split("+")]
-    loss = parts[0] if len(parts) == 1 else SumLoss(parts)
-    return SemanticLoss(loss, class_weights) if task == "semantic" else loss
-
-
-def check_loss(name: str, class_weights: str = "none", task: str = "change") -> None:
-    """Raise UserError for a loss that there is not, or weights of classes that it does not use."""
     if unknown := set(name.split("+")) - set(LOSSES):
         raise UserError(
             f"--loss {name}: {', '.join(map(repr, sorted(unknown)))} is none; "
             f"choose of {', '.join(LOSSES)}, or a sum such as bce_iou+focal"
         )
-    has_entropy = task == "semantic" or not {"bce_iou", "ce"}.isdisjoint(name.split("+"))
-    if class_weights != "none" and not has_entropy:
-        raise UserError(
-            f"--class-weights {class_weights}: weighs cross-entropies, and --loss {name} has none; "
-            f"try ce+{name}"
-        )
+    own_weights = None if task == "semantic" else class_weights
+    parts = [LOSSES[part](bce_weight, iou_weight, own_weights) for part in name.split("+")]
+    loss = parts[0] if len(parts) == 1 else SumLoss(parts)
+    return SemanticLoss(loss, class_weights) if task == "semantic" else loss
 
 
 def balanced_weights(class_pixels: Sequence[int]) -> list[float]:

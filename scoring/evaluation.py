@@ -132,7 +132,6 @@ def measure_robustness(
         the scores, with the 95 % interval of the change IoU. Every curve holds the same row of
         uncorrupted pairs.
     """
-    empty = _confusion_of(predictor, names)
     num_dates = 2 if predictor.model.task == "semantic" else 1
     num_pairs = min(len(source), max_pairs or len(source))
     some = Subset(source, [i * len(source) // num_pairs for i in range(num_pairs)])
@@ -145,18 +144,8 @@ def measure_robustness(
 
     def score(name: str, level: float) -> dict[str, Any]:
         corrupted = CorruptedSource(some, CORRUPTIONS[name], level)
-        images = {
-            number: count_image(
-                corrupted.pairs[number].name,
-                *predicted,
-                points={DEFAULT: None},
-                empty=empty,
-                min_pixels=min_pixels,
-            )
-            for number, predicted in _predict_share(predictor, corrupted, ROBUSTNESS_PROTOCOL)
-        }
-        counts = SplitCounts(list(_merged(images).values()), _histogram(), empty)
-        low, high = counts.intervals(DEFAULT)["change_iou"]
+        counts = _count_by_patches(predictor, corrupted, names, min_pixels)
+        low, high = counts.change_iou_interval(DEFAULT)
         return {
             "corruption": name,
             "level": level,
@@ -177,6 +166,24 @@ def measure_robustness(
         for name, corruption in CORRUPTIONS.items()
         for level in corruption.levels
     ]
+
+
+def _count_by_patches(
+    predictor: Predictor, source: Source, names: Sequence[str] | None, min_pixels: int
+) -> SplitCounts:
+    """Count all images at the default operating point."""
+    empty = _confusion_of(predictor, names)
+    images = {
+        number: count_image(
+            source.pairs[number].name,
+            *predicted,
+            points={DEFAULT: None},
+            empty=empty,
+            min_pixels=min_pixels,
+        )
+        for number, predicted in _predict_share(predictor, source, ROBUSTNESS_PROTOCOL)
+    }
+    return SplitCounts(list(_merged(images).values()), _histogram(), empty)
 
 
 def _predict_share(

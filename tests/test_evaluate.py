@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_helpers import mask_of, save_tree
 from PIL import Image
+from tiny import TINY, install_tiny
 
 import evaluate
 import main
@@ -22,7 +23,7 @@ from main import train
 from pairs.synthetic import sample_set as sample_data
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import UserError
-from scoring import protocols
+from scoring import counts, evaluation, protocols
 from scoring import report as score_report
 from scoring.corruptions import CORRUPTIONS
 from scoring.report import as_json, summarize, text
@@ -31,7 +32,7 @@ from training import splits
 SCRIPT = Path(evaluate.__file__)
 FAST: dict[str, Any] = {"device": "cpu", "workers": 0, "mlflow": False, "amp": "off"}
 TRAINING: dict[str, Any] = {
-    **FAST, "backbone": "resnet18", "weights": "none", "crop_size": 32, "batch_size": 2, "epochs": 1
+    **FAST, "backbone": TINY, "weights": "none", "crop_size": 32, "batch_size": 2, "epochs": 1
 }  # fmt: skip
 
 
@@ -46,6 +47,9 @@ def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(script, "ROOT", folder)
     for module in (splits, evaluate, protocols):
         patch.setattr(module, "PATCH_SIZE", 32)
+    install_tiny(patch)
+    patch.setattr(counts, "NUM_RESAMPLES", 50)
+    patch.setattr(evaluation, "NUM_WORST", 2)
 
 
 @pytest.fixture(scope="module")

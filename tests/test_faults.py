@@ -20,6 +20,7 @@ import torch
 from data_helpers import save_tree
 from fault_matrix import ROWS, covered_by
 from PIL import Image
+from tiny import TINY, install_tiny
 
 import main
 from main import train
@@ -42,7 +43,7 @@ def test_every_mark_names_a_row() -> None:
 
 
 SMALL = {
-    "backbone": "resnet18",
+    "backbone": TINY,
     "weights": "none",
     "crop_size": 32,
     "batch_size": 2,
@@ -58,6 +59,7 @@ SMALL = {
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "ROOT", tmp_path)
     monkeypatch.setattr(splits, "PATCH_SIZE", 32)
+    install_tiny(monkeypatch)
 
 
 @pytest.fixture
@@ -83,7 +85,8 @@ def test_a_full_disk_costs_what_was_not_yet_saved(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = tmp_path / "runs" / "a"
-    train({**SMALL, "data_dir": str(tree), "name": "a"})
+    # of a size that is told in MB
+    train({**SMALL, "backbone": "resnet18", "data_dir": str(tree), "name": "a"})
     kept = {name: (run / name).read_bytes() for name in ("last.pt", "best.pt")}
     with no_file_above(10_000), pytest.raises(UserError) as error:
         train({"resume": "auto", "epochs": 3, "draw_every": 1})
@@ -170,7 +173,7 @@ sys.exit(run_script(lambda: main.train({})))
 
 
 def start(root: Path, given: dict[str, Any], **more: Any) -> subprocess.Popen:
-    script = SCRIPT.replace("{}", repr(given))
+    script = SCRIPT.replace("{}", repr({**given, "backbone": "resnet18"}))
     environment = {**os.environ, "PYTHONPATH": str(Path(main.__file__).parent)} | more
     return subprocess.Popen(
         [sys.executable, "-c", script, str(root)],

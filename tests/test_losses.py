@@ -12,7 +12,6 @@ from losses import (
     FocalLoss,
     balanced_weights,
     build_loss,
-    check_loss,
     soft_iou,
 )
 from runtime.errors import UserError
@@ -289,10 +288,3 @@ def test_semantic_by_hand() -> None:
 def test_unknown_losses_are_named(name: str) -> None:
     with pytest.raises(UserError, match=r"--loss .* choose of bce_iou, ce, dice, focal"):
         build_loss(name)
-
-
-def test_weights_of_classes_need_a_cross_entropy() -> None:
-    for name, task in (("bce_iou", "change"), ("focal+ce", "change"), ("dice", "semantic")):
-        check_loss(name, "balanced", task)
-    with pytest.raises(UserError, match=r"--loss dice\+focal has none; try ce\+dice"):
-        check_loss("dice+focal", "balanced")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_helpers import mask_of, save_pair, save_tree
 from PIL import Image
+from tiny import TINY, install_tiny
 
 import main
 from dataset import open_dataset
@@ -35,7 +36,7 @@ from training.recipe import FROM_SCRATCH
 
 SCRIPT = Path(main.__file__)
 SMALL = {
-    "backbone": "resnet18",
+    "backbone": TINY,
     "weights": "none",
     "crop_size": 32,
     "batch_size": 2,
@@ -51,6 +52,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a run writes beside main.py (data/, runs/, images/) inside the test's folder."""
     monkeypatch.setattr(main, "ROOT", tmp_path)
     monkeypatch.setattr(splits, "PATCH_SIZE", 32)
+    install_tiny(monkeypatch)
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def test_what_may_not_change_is_refused(tree: Path, tmp_path: Path) -> None:
     for option, value, says in (
         ("batch_size", 3, "--batch-size: 2, now 3"),
         ("num_classes", 3, "--num-classes: 1, now 3"),
-        ("backbone", "resnet34", "--backbone: resnet18, now resnet34"),
+        ("backbone", "resnet34", "--backbone: tiny, now resnet34"),
         ("mask_values", (0, 1), "--mask-values: None, now 0,1"),
     ):
         with pytest.raises(UserError, match=f"keeps its options; {says}"):
@@ -336,7 +338,7 @@ def test_without_weights_real_data_stops_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(pretrained, "download", no_network)
     with pytest.raises(UserError, match=r"--weights PATH.*--weights none"):
-        train({**options(tree), "weights": "imagenet"})
+        train({**options(tree), "backbone": "resnet18", "weights": "imagenet"})
     assert not (tmp_path / "runs").exists()
 
 
@@ -489,17 +491,17 @@ def test_with_weights_the_encoder_is_frozen(
     torch.manual_seed(5)
     state = resnet18().state_dict()
     monkeypatch.setattr(pretrained, "download", lambda url: state)
-    train({**options(tree, epochs=1, name="a"), "weights": "imagenet"})
+    run = {**options(tree, epochs=1), "backbone": "resnet18"}
+    train({**run, "name": "a", "weights": "imagenet"})
     saved = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
     assert saved["model_kwargs"]["freeze_backbone"]
     for key, value in state.items():
         if not key.startswith("fc."):
             assert torch.equal(saved["model"][f"encoder.backbone.{key}"], value), key
     torch.save(state, tmp_path / "w.pth")
-    train({**options(tree, epochs=1, name="b"), "weights": str(tmp_path / "w.pth")})
+    train({**run, "name": "b", "weights": str(tmp_path / "w.pth")})
     assert rows(tmp_path / "runs" / "a") == rows(tmp_path / "runs" / "b")
-    train({**options(tree, epochs=1, name="c"), "weights": str(tmp_path / "w.pth"),
-           "freeze_backbone": False})  # fmt: skip
+    train({**run, "name": "c", "weights": str(tmp_path / "w.pth"), "freeze_backbone": False})
     assert rows(tmp_path / "runs" / "a") != rows(tmp_path / "runs" / "c")
 
 
@@ -599,7 +601,8 @@ def test_a_mistake_is_one_line_and_code_2(argv: str, says: str, tmp_path: Path) 
 @pytest.mark.fault("D13")
 @pytest.mark.slow
 def test_a_file_that_disappears_ends_the_run_and_its_workers(tree: Path, tmp_path: Path) -> None:
-    given = options(tree, workers=1, cache="none")  # a cached pair needs its file no more
+    # a cached pair needs its file no more
+    given = options(tree, backbone="resnet18", workers=1, cache="none")
     words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
              if key != "mlflow"]  # fmt: skip
     command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",
@@ -624,7 +627,7 @@ def test_a_file_that_disappears_ends_the_run_and_its_workers(tree: Path, tmp_pat
 def test_a_real_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, tree: Path, tmp_path: Path
 ) -> None:
-    given = options(tree, workers=1)
+    given = options(tree, backbone="resnet18", workers=1)
     words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()
              if key != "mlflow"]  # fmt: skip
     command = [sys.executable, "-u", str(SCRIPT), *words, "--no-mlflow", "--epochs", "500",

@@ -184,6 +184,7 @@ def test_the_interval_holds_the_estimate_and_the_seed_decides() -> None:
     for name, (low, high) in intervals.items():
         assert low <= scores[name] <= high and low < high
     assert intervals == counts.intervals("default", seed=3)
+    assert counts.change_iou_interval("default", seed=3) == pytest.approx(intervals["change_iou"])
     assert intervals != counts.intervals("default", seed=4)
 
 

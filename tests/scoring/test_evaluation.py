@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import save_pair, save_tree
+from tiny import TINY, install_tiny
 from torch import Tensor
 
 from dataset import open_dataset
@@ -33,7 +34,8 @@ class Darkness(SiameseUNet):
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch) -> Predictor:
     monkeypatch.setattr(protocols, "PATCH_SIZE", 32)
-    model = build_model(backbone="resnet18").eval()
+    install_tiny(monkeypatch)
+    model = build_model(backbone=TINY).eval()
     model.__class__ = Darkness
     return Predictor(model, window=48, overlap=16)
 

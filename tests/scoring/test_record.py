@@ -11,6 +11,7 @@ from data_helpers import save_tree
 from dataset import open_dataset
 from metrics import Confusion, ScoreHistogram
 from runtime.checkpoint import digest_of
+from scoring import counts
 from scoring.counts import STEPS, Prediction, SplitCounts, add_to_histogram, count_image
 from scoring.evaluation import BY_VAL, DEFAULT, ProtocolResult
 from scoring.figures import draw_all, worst_views
@@ -34,8 +35,8 @@ def evaluated_on(path: Path, tree: Path) -> Evaluated:
         add_to_histogram(histogram, one, truth)
         images.append(count_image(ODD_PAIR, one, truth, points=points, empty=empty))
         worst.append((i, one))
-    counts = SplitCounts(images, histogram, empty)
-    results = {"patches": ProtocolResult("in words", points, counts, True, worst)}
+    counted = SplitCounts(images, histogram, empty)
+    results = {"patches": ProtocolResult("in words", points, counted, True, worst)}
     report: Report = {
         "checkpoint": str(path),
         "epoch": 1,
@@ -47,7 +48,8 @@ def evaluated_on(path: Path, tree: Path) -> Evaluated:
 
 
 @pytest.mark.fault("D24", "D25")
-def test_foreign_text_ends_no_evaluation(tmp_path: Path) -> None:
+def test_foreign_text_ends_no_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "NUM_RESAMPLES", 20)
     tree = save_tree(tmp_path / "set", train=1, val=3)
     both = [evaluated_on(tmp_path / f"run {k}$" / "best.pt", tree) for k in (1, 2)]
     report: Report = {

@@ -10,7 +10,7 @@ processes share the images.
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,6 @@ import torch
 
 from model import restore_model
 from pairs.bands import Reading
-from pairs.cache import open_splits
-from pairs.check import show
-from pairs.labels import choose_classes
-from pairs.layouts import find_pairs
-from pairs.scale import choose_scale
-from pairs.sources import Source
-from pairs.synthetic.sample_set import SAMPLE_LABEL, choose_data, is_sample
 from runtime.checkpoint import digest_of, read_checkpoint
 from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
 from runtime.distributed import (
@@ -128,6 +121,7 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.errors import UserError
+from scoring.data import EvaluationData, check_classes, kind_of, open_data
 from scoring.evaluation import (
     ROBUSTNESS_PROTOCOL,
     ProtocolResult,
@@ -177,7 +171,20 @@ def evaluate(given: dict[str, Any]) -> Report:
     keep_freed_memory()
     with in_turn():
         first, state = next(iter(checkpoints.items()))
-        data = open_data(config, state, first)
+        data = open_data(
+            state,
+            first,
+            config.split,
+            data_dir=config.data_dir,
+            pairs=config.pairs,
+            folders=config.folders,
+            mask_values=config.mask_values,
+            reading=Reading.asked(config.bands, config.scale, config.alpha),
+            skip_broken=config.skip_broken,
+            home=ROOT / "data",
+            cache=config.cache,
+            cache_gb=config.cache_gb,
+        )
     wanted = Path(config.output_dir) if config.output_dir else None
     from_rank_0(lambda: check_writable(wanted or next(iter(checkpoints)).parent))
     print(
@@ -206,7 +213,12 @@ def evaluate(given: dict[str, Any]) -> Report:
 
 
 def predictor_of(
-    config: Config, path: Path, state: dict[str, Any], data: "Data", device: torch.device, amp: str
+    config: Config,
+    path: Path,
+    state: dict[str, Any],
+    data: EvaluationData,
+    device: torch.device,
+    amp: str,
 ) -> Predictor:
     """Build the model of a checkpoint, and say how to ask it.
 
@@ -225,7 +237,7 @@ def predictor_of(
 
 
 def report_of(
-    config: Config, data: "Data", evaluated: Sequence[Evaluated], rule: str, note: str
+    config: Config, data: EvaluationData, evaluated: Sequence[Evaluated], rule: str, note: str
 ) -> Report:
     """Put the reports of all checkpoints together, see `scoring/report.py`."""
     runs = [one.report for one in evaluated]
@@ -290,12 +302,9 @@ def read_checkpoints(given: Sequence[str]) -> dict[Path, dict[str, Any]]:
     return states
 
 
-def kind_of(model_kwargs: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the task and the number of classes of a model."""
-    return model_kwargs.get("task", "change"), model_kwargs.get("num_classes", 1)
-
-
-def leave_out_equal_ones(protocols: list[str], data: "Data", window: int) -> tuple[list[str], str]:
+def leave_out_equal_ones(
+    protocols: list[str], data: EvaluationData, window: int
+) -> tuple[list[str], str]:
     """Return the protocols that differ, and a note on those that would only say the same again."""
     sizes = {*data.split.sizes, *(data.val.sizes if data.val else [])}
     if sizes != {(PATCH_SIZE, PATCH_SIZE)} or window < PATCH_SIZE or len(protocols) == 1:
@@ -307,93 +316,6 @@ def leave_out_equal_ones(protocols: list[str], data: "Data", window: int) -> tup
 
 
 @dataclass(frozen=True)
-class Data:
-    """The splits that an evaluation looks at; `split` is `val` where that was asked for."""
-
-    name: str
-    folder: str
-    fingerprint: str
-    names: tuple[str, ...]
-    chosen: str | None  # --data-dir of the training that it was opened for
-    split: Source
-    val: Source | None
-    is_all: bool  # whether the split is all pairs of a set that has no splits
-
-
-def open_data(config: Config, state: Mapping[str, Any], path: Path) -> Data:
-    """Check the dataset, and open the split, and val if there is one.
-
-    Raises:
-        UserError: a fault in the data, or a split that it does not have.
-    """
-    task, num_classes = kind_of(state["model_kwargs"])
-    saved = state["config"]
-    root, table = config.data_dir, config.pairs
-    if not root and not table:  # the data of the training
-        root, table = saved.get("data_dir"), saved.get("pairs")
-    if not root and not table:
-        root = str(choose_data(ROOT / "data", task, num_classes))
-    skip_broken = config.skip_broken or bool(saved.get("skip_broken"))
-    layout = find_pairs(
-        root,
-        task,
-        folders=config.folders or saved.get("folders") or (),
-        table=table,
-        wanted=(config.split,),
-        skip_broken=skip_broken,
-    )
-    classes = choose_classes(
-        layout.root,
-        task=task,
-        num_classes=num_classes,
-        mask_values=config.mask_values or tuple(saved.get("mask_values") or ()) or None,
-    )
-    reading, lines = choose_scale(
-        [path for pair in layout.splits[config.split] for path in (pair.before, pair.after)],
-        Reading.asked(config.bands, config.scale, config.alpha).over(
-            Reading.saved(state["data"], path)
-        ),
-        f"the {config.split} split",
-    )
-    checked, sources = open_splits(
-        layout,
-        classes,
-        sorted({config.split, "val"} & set(layout.splits)),
-        reading=reading,
-        cache=config.cache,
-        folder=ROOT / "data" / "cache",
-        max_gb=config.cache_gb,
-        crop_size=PATCH_SIZE,
-        skip_broken=skip_broken,
-    )
-    show(checked)
-    print(*lines, sep="\n", end="\n" if lines else "")
-    return Data(
-        SAMPLE_LABEL if is_sample(layout.root) else layout.root.name,
-        layout.root.name,
-        checked.fingerprint,
-        checked.encoding.names,
-        chosen=saved.get("data_dir"),
-        split=sources[config.split],
-        val=sources.get("val"),
-        is_all=layout.trained_as is not None,
-    )
-
-
-def check_classes(saved: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raise UserError if the classes of the data are not those that a checkpoint has learned.
-
-    Of two classes the second is the change, whatever it is called.
-    """
-    learned = list(saved.get("class_names") or names)
-    if len(names) > 2 and learned != list(names):
-        raise UserError(
-            f"{path}: it has learned the classes {', '.join(learned)}, but the data has "
-            f"{', '.join(names)}; give the data the classes.json of the training"
-        )
-
-
-@dataclass(frozen=True)
 class Measured:
     """What was counted of a checkpoint: by protocol, and under corruptions if asked for."""
 
@@ -402,7 +324,9 @@ class Measured:
     rule: str  # of the model by itself
 
 
-def measure(config: Config, predictor: Predictor, protocols: Sequence[str], data: Data) -> Measured:
+def measure(
+    config: Config, predictor: Predictor, protocols: Sequence[str], data: EvaluationData
+) -> Measured:
     """Measure all that was asked for; several processes share each split."""
     results = {
         protocol: evaluate_protocol(
@@ -428,7 +352,7 @@ def measure(config: Config, predictor: Predictor, protocols: Sequence[str], data
 
 
 def describe_checkpoint(
-    config: Config, path: Path, state: dict[str, Any], measured: Measured, data: Data
+    config: Config, path: Path, state: dict[str, Any], measured: Measured, data: EvaluationData
 ) -> Evaluated:
     """Turn counts into a report and figures."""
     # a folder that has got another split since is still the one of the training

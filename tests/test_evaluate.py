@@ -23,7 +23,7 @@ from main import train
 from pairs.synthetic import sample_set as sample_data
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import UserError
-from scoring import counts, evaluation, protocols
+from scoring import counts, data, evaluation, protocols
 from scoring import report as score_report
 from scoring.corruptions import CORRUPTIONS
 from scoring.report import as_json, summarize, text
@@ -45,7 +45,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
     for script in (main, evaluate):
         patch.setattr(script, "ROOT", folder)
-    for module in (splits, evaluate, protocols):
+    for module in (splits, evaluate, data, protocols):
         patch.setattr(module, "PATCH_SIZE", 32)
     install_tiny(patch)
     patch.setattr(counts, "NUM_RESAMPLES", 50)

@@ -9,11 +9,15 @@
 """
 
 import errno
+import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
+from urllib.parse import parse_qsl, urlsplit
 
 STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -137,3 +141,23 @@ def run_script(script: Callable[[], object], may_speak: Callable[[], bool] = lam
     if lost := getattr(sys.stdout, "lost", None):
         return end(f"error: standard output lacks what was printed last ({lost.strerror})", 2)
     return 0
+
+
+def without_secrets(text: str) -> str:
+    """Drop user:password@, query and fragment from every URI in a text."""
+    text = re.sub(r"(\w[\w+.-]*://)[^/\s]*@", r"\1", text)
+    for secret in _secrets_of_environment():  # libraries take an address apart in their messages
+        text = text.replace(secret, "***")
+    return re.sub(r"(\w[\w+.-]*://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def _secrets_of_environment() -> list[str]:
+    """Return what must not be repeated of how to reach MLflow, the longest first."""
+    environment = os.environ
+    found = [environment.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
+    with suppress(ValueError):  # what is no address at all
+        address = urlsplit(environment.get("MLFLOW_TRACKING_URI", ""))
+        found += [address.username, address.password, address.query, address.fragment]
+        found += [value for _, value in parse_qsl(address.query)]
+    # shorter ones would cut words apart, and protect nothing
+    return sorted({text for text in found if text and len(text) > 3}, key=len, reverse=True)

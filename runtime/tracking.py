@@ -8,6 +8,7 @@ The last two are optional: whatever is missing, full, locked, deleted or unreach
 warning, and after three failures nobody asks again.
 """
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -17,18 +18,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from runtime.distributed import rank
-from runtime.errors import Interrupted, visible
+from runtime.errors import Interrupted, visible, without_secrets
 from runtime.tracking_csv import MetricsTable
 from runtime.tracking_mlflow import (
     About,
     Mlflow,
     ServerIsSlowError,
-    export_model,
     import_mlflow,
-    without_secrets,
 )
 from runtime.tracking_tensorboard import TensorBoard
 
@@ -240,6 +240,41 @@ class _Optional(Generic[BackEnd]):
                 self.back_end = None
             return False
         return True
+
+
+def export_model(model: nn.Module, folder: Path) -> None:
+    """Write a model that runs without this repository, see `Tracker.log_model`."""
+    import mlflow.pytorch
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype("float32"), (-1, 6, -1, -1), "images")
+    logits = TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), "logits")
+    stacked = StackedPair(copy.deepcopy(model)).cpu().float().eval().requires_grad_(False)
+    mlflow.pytorch.save_model(
+        stacked,
+        str(folder),
+        serialization_format="pt2",  # the only one that needs none of our files to load
+        signature=ModelSignature(Schema([images]), Schema([logits])),
+        # sizes that differ and are not 1, or the exported program keeps them
+        input_example=np.zeros((2, 6, 64, 96), np.float32),
+        # looking for them would load the model in another process, for seconds
+        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+    )
+
+
+class StackedPair(nn.Module):
+    """One tensor in, as MLflow wants it: images (B, 6, H, W), before and after, become logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn (B, 6, H, W) into the model's logits (B, K, H, W)."""
+        before, after = images.split(3, dim=1)
+        return self.model(before, after)
 
 
 @contextmanager

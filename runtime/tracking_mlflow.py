@@ -8,7 +8,6 @@ address is written or printed.
 A server is a stranger: each call has a time limit, and each answer a limit of size.
 """
 
-import copy
 import json
 import math
 import os
@@ -25,12 +24,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import torch
-from torch import Tensor, nn
-
+from runtime.errors import without_secrets
 from runtime.files import locked
 
 if TYPE_CHECKING:
@@ -377,61 +374,6 @@ def _read_to_the_limit(response: Any, **_: object) -> None:
             response.close()
             raise OSError(f"the answer has more than {MAX_ANSWER >> 20} MB")
     response._content = bytes(content)
-
-
-def export_model(model: nn.Module, folder: Path) -> None:
-    """Write a model that runs without this repository, see `Tracker.log_model`."""
-    import mlflow.pytorch
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    images = TensorSpec(np.dtype("float32"), (-1, 6, -1, -1), "images")
-    logits = TensorSpec(np.dtype("float32"), (-1, -1, -1, -1), "logits")
-    stacked = StackedPair(copy.deepcopy(model)).cpu().float().eval().requires_grad_(False)
-    mlflow.pytorch.save_model(
-        stacked,
-        str(folder),
-        serialization_format="pt2",  # the only one that needs none of our files to load
-        signature=ModelSignature(Schema([images]), Schema([logits])),
-        # sizes that differ and are not 1, or the exported program keeps them
-        input_example=np.zeros((2, 6, 64, 96), np.float32),
-        # looking for them would load the model in another process, for seconds
-        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
-    )
-
-
-class StackedPair(nn.Module):
-    """One tensor in, as MLflow wants it: images (B, 6, H, W), before and after, become logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn (B, 6, H, W) into the model's logits (B, K, H, W)."""
-        before, after = images.split(3, dim=1)
-        return self.model(before, after)
-
-
-def without_secrets(text: str) -> str:
-    """Drop user:password@, query and fragment from every URI in a text."""
-    text = re.sub(r"(\w[\w+.-]*://)[^/\s]*@", r"\1", text)
-    for secret in _secrets_of_environment():  # libraries take an address apart in their messages
-        text = text.replace(secret, "***")
-    return re.sub(r"(\w[\w+.-]*://[^\s?#]*)[?#]\S*", r"\1", text)
-
-
-def _secrets_of_environment() -> list[str]:
-    """Return what must not be repeated of how to reach MLflow, the longest first."""
-    environment = os.environ
-    found = [environment.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
-    with suppress(ValueError):  # what is no address at all
-        address = urlsplit(environment.get("MLFLOW_TRACKING_URI", ""))
-        found += [address.username, address.password, address.query, address.fragment]
-        found += [value for _, value in parse_qsl(address.query)]
-    # shorter ones would cut words apart, and protect nothing
-    return sorted({text for text in found if text and len(text) > 3}, key=len, reverse=True)
 
 
 def mlflow_name(name: str) -> str:

@@ -16,11 +16,11 @@ from model import count_parameters, load_model
 from pairs.synthetic.sample_set import SAMPLE_LABEL
 from runtime.devices import describe
 from runtime.distributed import rank, world_size
+from runtime.errors import without_secrets
 from runtime.figures import save_figure
 from runtime.files import whole_file
 from runtime.progress import duration
 from runtime.tracking import Tracker
-from runtime.tracking_mlflow import without_secrets
 from training.engine import Learner
 from training.run import Run
 from training.splits import Data

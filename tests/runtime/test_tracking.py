@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from runtime import tracking
-from runtime.errors import Interrupted
+from runtime.errors import Interrupted, without_secrets
 from runtime.files import locked
 from runtime.tracking import Tracker
-from runtime.tracking_mlflow import MLFLOW_SETTINGS, mlflow_name, without_secrets
+from runtime.tracking_mlflow import MLFLOW_SETTINGS, mlflow_name
 
 matplotlib.use("Agg")
 

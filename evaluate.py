@@ -120,7 +120,7 @@ from runtime.distributed import (
     run,
     world_size,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from scoring.data import EvaluationData, check_classes, kind_of, open_data
 from scoring.evaluation import (
     ROBUSTNESS_PROTOCOL,
@@ -369,7 +369,7 @@ def describe_checkpoint(
     if measured.robustness:
         report["robustness"] = {"protocol": ROBUSTNESS_PROTOCOL, "rows": measured.robustness}
     run_name, num_pairs = path.resolve().parent.name, len(data.split)
-    title = f"{run_name} on the {config.split} split of {data.name}, {num_pairs} pairs"
+    title = f"{run_name} on the {config.split} split of {data.name}, {counted(num_pairs, 'pair')}"
     if report["caution"]:
         title += f"\nOPTIMISTIC: {report['caution']}"
     figures = draw_all(

@@ -16,7 +16,7 @@ from pairs.labels import Classes, MaskCoding, choose_mask_coding
 from pairs.memo import Memo, Stamp
 from pairs.records import FileRecord, Keep, Reader
 from pairs.splits import Layout, Pair, listing
-from runtime.errors import UserError, visible
+from runtime.errors import UserError, counted, visible
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def check(
         faults |= _strange_labels(layout, classes, records, faults)
     lines = sorted({line for found in faults.values() for line in found})
     if lines and not skip_broken:
-        headline = f"{layout.root}: {len(lines)} faults in the data (--skip-broken leaves them out)"
-        raise UserError(listing(headline, lines))
+        found = f"{layout.root}: {counted(len(lines), 'fault')} in the data"
+        raise UserError(listing(f"{found} (--skip-broken leaves them out)", lines))
     if faults:
         layout = _without(layout, faults)
 
@@ -152,7 +152,9 @@ def show(summary: DataSummary) -> None:
     print(f"bands   {summary.bands}")
     notes = [*layout.notes, *summary.warnings]
     if summary.skipped:
-        notes.append(listing(f"{len(summary.skipped)} faults, pairs left out", summary.skipped))
+        notes.append(
+            listing(f"{counted(len(summary.skipped), 'fault')}, pairs left out", summary.skipped)
+        )
     for warning in notes:
         print(f"warning: {visible(warning)}")
 
@@ -242,7 +244,7 @@ def _bands_in_use(bands: Iterable[str]) -> str:
     found = Counter(bands).most_common(5)
     if len(found) == 1:
         return found[0][0]
-    return "; ".join(f"{text}: {count} images" for text, count in found)
+    return "; ".join(f"{text}: {counted(count, 'image')}" for text, count in found)
 
 
 def _fingerprint(layout: Layout, records: Mapping[Path, FileRecord]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from pairs.memo import stamp_of
 from pairs.splits import EXPECTED, MAX_LISTED, SPLITS, Layout, Pair, complete, listing
 from pairs.table import read_table
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 
 DATES = {
     "before": ("a", "t1", "im1", "img1", "image1", "time1", "pre", "before"),
@@ -259,7 +259,7 @@ class _Finder:
             if stem not in date.files
         ]
         if faults and not self.skip_broken:
-            raise UserError(listing(f"{len(faults)} files of pairs are missing", faults))
+            raise UserError(listing(f"missing: {counted(len(faults), 'file')} of pairs", faults))
         self.skipped += faults
         return tuple(
             Pair(stem, **{name: date.files[stem] for name, date in dates.items()})

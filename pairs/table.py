@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from pairs.splits import SPLITS, Pair, listing
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 
 COLUMNS = ("before", "after", "label")
 
@@ -44,7 +44,7 @@ def read_table(
         if not missing:
             by_row[number] = _split(row, f"{path}, line {number}"), files
     if faults and not skip_broken:
-        raise UserError(listing(f"{len(faults)} files of pairs are missing", faults))
+        raise UserError(listing(f"missing: {counted(len(faults), 'file')} of pairs", faults))
     names = _names(home, {number: files["before"] for number, (_, files) in by_row.items()})
     splits: dict[str, list[Pair]] = defaultdict(list)
     for number, (split, files) in by_row.items():

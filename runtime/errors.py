@@ -99,6 +99,11 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 pair" or "3 pairs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def visible(text: str) -> str:
     """Escape what a terminal would obey: messages repeat names and values of foreign files."""
     return "".join(

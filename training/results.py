@@ -16,7 +16,7 @@ from model import count_parameters, load_model
 from pairs.synthetic.sample_set import SAMPLE_LABEL
 from runtime.devices import describe
 from runtime.distributed import rank, world_size
-from runtime.errors import without_secrets
+from runtime.errors import counted, without_secrets
 from runtime.figures import save_figure
 from runtime.files import whole_file
 from runtime.progress import duration
@@ -46,7 +46,7 @@ def describe_run(run: Run, learner: Learner, data: Data) -> str:
         f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
         f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
         f"device  {describe(learner.progress.device)}, {str(dtype).removeprefix('torch.')}, "
-        f"{data.train.num_workers} workers{processes}\n"
+        f"{counted(data.train.num_workers, 'worker')}{processes}\n"
         f"run     {run.folder}"
     )
 

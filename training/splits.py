@@ -19,7 +19,7 @@ from pairs.splits import Layout
 from pairs.synthetic.sample_set import is_sample
 from runtime.devices import pick_workers
 from runtime.distributed import local_world_size, rank, world_size
-from runtime.errors import UserError, visible
+from runtime.errors import UserError, counted, visible
 from runtime.files import whole_file
 
 
@@ -139,7 +139,9 @@ def open_data(
     train_loader = loader("train", crop_size, Augment())
     in_batch = min(batch_size, len(train_loader.dataset))
     if in_batch < world_size():
-        raise UserError(f"{in_batch} pairs in a batch are too few for {world_size()} processes")
+        raise UserError(
+            f"{counted(in_batch, 'pair')} a batch: too few for {world_size()} processes"
+        )
     if in_batch == 1 and crop_size == 32:
         raise UserError("--crop-size 32 with one pair in a batch: BatchNorm needs more; try 64")
     return Data(layout.root, checked, classes, train_loader, loader("val", PATCH_SIZE, None))

@@ -371,7 +371,7 @@ def test_broken_pairs_are_left_out(data: Path) -> None:
         plain = opened(data, "none")
         for number, of_all in enumerate((0, 2, 4)):
             assert torch.equal(sources["train"].channels(number), plain.channels(of_all))
-    with pytest.raises(UserError, match=r"1 faults in the data \(--skip-broken"):
+    with pytest.raises(UserError, match=r"1 fault in the data \(--skip-broken"):
         open_splits(find_pairs(data), Classes(1), ("train",), folder=data / "cache")
 
 

@@ -394,7 +394,7 @@ def test_names_that_say_their_date(tmp_path: Path, forms: tuple[str, str, str]) 
     assert all([pair.before.stem, pair.after.stem, pair.label.stem]
                == [form.format(pair.name) for form in forms] for pair in pairs)  # fmt: skip
     (tmp_path / "train" / "B" / f"{forms[1].format('tile_1')}.png").unlink()
-    with pytest.raises(UserError, match=r"1 files.*\n.*tile_1\.\*: missing"):
+    with pytest.raises(UserError, match=r"1 file .*\n.*tile_1\.\*: missing"):
         find_pairs(tmp_path)
 
 

@@ -64,7 +64,7 @@ def test_without_splits_val_is_taken_by_scene(tree: Path) -> None:
 def test_paths_from_another_folder(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("elsewhere") / "pairs.csv"
     path.write_text(HEAD + row("abudhabi") + row("beihai", "val"))
-    with pytest.raises(UserError, match="files of pairs are missing"):
+    with pytest.raises(UserError, match="missing: 6 files of pairs"):
         find_pairs(None, table=path)
     assert find_pairs(tree, table=path).root == tree
     path.write_text(
@@ -98,7 +98,7 @@ def test_two_labels(tree: Path) -> None:
         (HEAD + row("abudhabi").strip() + ",more\n", "line 2: has more columns"),
         (HEAD + "train,abudhabi/imgs_1/rgb.png,,masks/abudhabi.png\n", "line 2: lacks a path"),
         (HEAD + row("abudhabi") + row("abudhabi"), "twice in train"),
-        (HEAD + row("atlantis"), r"3 files of pairs are missing"),
+        (HEAD + row("atlantis"), r"missing: 3 files of pairs"),
         (HEAD + row("../abudhabi"), r"line 2: '\.\./abudhabi.* leads out of"),
         (HEAD + "train,/etc/passwd,/etc/passwd,/etc/passwd\n", "line 2: '/etc/passwd' leads out"),
         (HEAD + '"train,x', "is no CSV"),

@@ -337,7 +337,7 @@ def test_a_mistake_is_one_line_of_one_process(tree: Path, tmp_path: Path) -> Non
     run = launch(tmp_path, "--batch-size=1")
     _, errors = end(run)
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert ours == ["error: 1 pairs in a batch are too few for 2 processes"]
+    assert ours == ["error: 1 pair a batch: too few for 2 processes"]
 
 
 @pytest.mark.slow

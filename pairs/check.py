@@ -119,8 +119,8 @@ def check(
         faults |= _strange_labels(layout, classes, records, faults)
     lines = sorted({line for found in faults.values() for line in found})
     if lines and not skip_broken:
-        found = f"{layout.root}: {counted(len(lines), 'fault')} in the data"
-        raise UserError(listing(f"{found} (--skip-broken leaves them out)", lines))
+        headline = f"{layout.root}: {counted(len(lines), 'fault')} in the data"
+        raise UserError(listing(f"{headline} (--skip-broken leaves them out)", lines))
     if faults:
         layout = _without(layout, faults)
 

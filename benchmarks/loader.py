@@ -6,7 +6,8 @@
 Variants on one core: naive (decode, resize to 256, Pillow jitter) and ours (256 crops, flips,
 turns, jitter) from the files, from memory and from the cache on disk; the latter with torchvision's
 jitter and with none. Then an epoch in which every pair of the cache is proved, against one in which
-it was; a second start with 10,000 pairs; and batches of 8 through the loader with worker processes.
+it was; files of 8 bits read by ours and by plain Pillow; a second start with 10,000 pairs; and
+batches of 8 through the loader with worker processes.
 """
 
 import shutil
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from measure import Work
 from naive import NaiveDataset
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dataset import ChangeDataset, make_loader
 from pairs.augment import Augment
 from pairs.cache import open_source, open_splits
-from pairs.images import read_label
+from pairs.images import read_image, read_label
 from pairs.labels import Classes, choose_mask_coding, label_values
 from pairs.layouts import find_pairs
 from pairs.sources import CachedSource
@@ -111,6 +113,49 @@ def proof_of_pairs(one: ChangeDataset, other: ChangeDataset, rounds: int) -> dic
     }
 
 
+def reading(folder: Path, rounds: int) -> dict[str, float]:
+    """Return what reading a file of 8 bits takes, in times of plain Pillow."""
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    times = {}
+    for side, count in ((1024, 4), (256, 40)):
+        image = small.resize((side, side), Image.Resampling.BICUBIC)
+        mask = image.convert("L").point(lambda value: 255 * (value > 128))
+        for name, ending, picture in (
+            ("PNG", "png", image),
+            ("JPEG", "jpg", image),
+            ("TIFF", "tif", image),
+            ("mask, PNG", "png", mask),
+        ):
+            path = folder / f"{side}.{ending}"
+            picture.save(path)
+            mode, read = ("L", read_label) if picture is mask else ("RGB", read_image)
+
+            def plain(path: Path, mode: str = mode) -> Any:
+                return np.asarray(Image.open(path).convert(mode))
+
+            table = measure.alternate(
+                {
+                    "Pillow": _repeated(plain, path, count),
+                    "ours": _repeated(read, path, count),
+                },
+                torch.device("cpu"),
+                rounds,
+                clock=time.process_time,
+            )
+            times[f"{name} {side}"] = 1 / table["ours"]["ratio"]
+    print("reading, in times of Pillow: " + ", ".join(f"{k} {v:.2f}" for k, v in times.items()))
+    return times
+
+
+def _repeated(read: Callable[[Path], Any], path: Path, count: int) -> Work:
+    def work() -> float:
+        for _ in range(count):
+            read(path)
+        return float(count)
+
+    return work
+
+
 def second_start(folder: Path) -> dict[str, float]:
     """Return the seconds of a core that `NUM_SMALL` known and cached pairs take to be opened."""
     one = make_sample_set(folder / "one", size=16, num_pairs={"train": 1, "val": 1})
@@ -184,6 +229,7 @@ def main() -> None:
         )
         measure.show(one_core, "pairs/s")
         proof = proof_of_pairs(dataset("disk"), dataset("disk"), arguments.rounds)
+        read = reading(scratch, arguments.rounds)
         start = second_start(scratch)
         batches: dict[str, dict[str, Any]] = measure.alternate(
             {
@@ -203,6 +249,7 @@ def main() -> None:
             },
             "note": arguments.note,
             "one_core": one_core,
+            "reading_in_times_of_pillow": read,
             "proof": proof,
             "start": start,
             "batches_of_8": batches,

@@ -4,7 +4,6 @@ import contextlib
 import os
 import tempfile
 import threading
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from pairs.sources import (
     holes_in,
     offsets_of,
     stack_files,
+    sum_of,
+    sum_of_sums,
 )
 from pairs.splits import Pair
 from runtime.errors import UserError
@@ -69,7 +70,7 @@ class Build:
         channels = stack_files(pair, arrays)
         if channels.shape[1:] != self.sizes[number]:
             raise UserError(f"{pair.label}: {channels.shape[1:]} is not {self.sizes[number]}")
-        self._sums[number] = zlib.crc32(channels[:6].data)
+        self._sums[number] = sum_of(channels[:6])
         if (holes := holes_in(arrays)) is not None:
             self._holes[number] = np.packbits(holes)
         try:
@@ -95,11 +96,11 @@ class Build:
                 holes = bits.reshape(height, width).astype(bool)
             classes = encode_labels(pair, raw, files.encoding, holes)
             self._write(start, classes)
-            self._sums[number] = zlib.crc32(classes.data, self._sums[number])
+            self._sums[number] = sum_of(classes, self._sums[number])
         if self._path is None:
             return CachedSource(files, self._memory)
         sums = np.array(self._sums, "<u4")
-        sums = np.append(sums, np.array([zlib.crc32(sums.data)], "<u4"))
+        sums = np.append(sums, np.array([sum_of_sums(sums)], "<u4"))
         self._write(self.offsets[-1], sums)
         self._file.close()
         place = self._path.parent / f"{self.name}-{hash_classes(files.encoding)}.pixels"

@@ -6,10 +6,10 @@ mapped into memory: the system reads what is looked at, and shares it among proc
 
     <files>-<state>-<classes>.pixels    <files>: which files; <state>: `memo.Stamp` of each;
                                         <classes>: what the label values mean
-    channels of all pairs, then a CRC-32 (uint32) of each pair and one of these
+    channels of all pairs, then a check sum (uint32) of each pair and one of these
 
 So a cache is never stale: other files, other name. It is never believed either: each process sums
-a pair up before it uses it for the first time (2.6 ms at 1024 x 1024), and decodes a damaged one
+a pair up before it uses it for the first time (0.5 ms at 1024 x 1024), and decodes a damaged one
 again. A cache is written under a name of its own and moved into place, under a lock where the drive
 has locks, so processes that start together build it once. Only the newest <state> is kept, and the
 caches that were used longest ago go when all together exceed a limit.

@@ -183,7 +183,8 @@ def _bands(
         decoded = _decoded(image, path, header)
     is_plain = decoded.mode in ("RGB", "L", "P") and "transparency" not in decoded.info
     if is_plain and reading == AS_STORED and header.nodata is None:  # nearly all files
-        rgb = np.asarray(decoded.convert("RGB")).transpose(2, 0, 1)
+        whole = decoded if decoded.mode == "RGB" else decoded.convert("RGB")
+        rgb = np.asarray(whole).transpose(2, 0, 1)
         palette = _NO_PALETTE if decoded.mode == "P" else None
         kind = Kind(_NAMES[decoded.mode], bits=header.bits, palette=palette)
         yield Rendering(path, kind, reading), lambda: (rgb, None), lambda: (rgb, None)
@@ -312,7 +313,9 @@ def _decoded(image: Image.Image, path: Path, header: Header) -> Image.Image:
         if header.kind != TIFF and image.format != "MPO" and getattr(image, "is_animated", False):
             raise UserError(f"{path}: holds several pictures; save the one that is meant")
         image.load()
-        return ImageOps.exif_transpose(image)
+        if header.orientation != 1 or header.kind != TIFF:  # else Pillow reads all tags once more
+            ImageOps.exif_transpose(image, in_place=True)  # it would copy upright ones, too
+        return image
     except (UserError, MemoryError):
         raise
     except Exception as error:

@@ -115,7 +115,7 @@ def _as_bytes(values: NDArray[Any], kind: Kind, path: Path) -> Bytes:
         raise UserError(f"{path}: a label of {kind.dtype} pixels; save whole numbers from 0 to 255")
     if kind.bits == 1 and values.max() <= 1:
         return values.astype(np.uint8) * 255
-    if values.min() >= 0 and values.max() <= 255:
+    if values.dtype == np.uint8 or (values.min() >= 0 and values.max() <= 255):
         return np.ascontiguousarray(values.astype(np.uint8, copy=False))
     if kind.dtype == "uint16" and set(np.unique(values).tolist()) <= {0, 65535}:
         return np.where(values > 0, 255, 0).astype(np.uint8)

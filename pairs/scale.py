@@ -12,7 +12,7 @@ from pairs.headers import header_of
 from pairs.images import read_sample
 from runtime.errors import UserError
 
-MAX_FILES = 500  # that percentiles are taken from, spread over the set
+MAX_FILES = 500  # that are looked at, and percentiles taken from, spread over the set
 MAX_VALUES = 20_000  # of each band of a file
 
 
@@ -30,17 +30,18 @@ def choose_scale(paths: Sequence[Path], asked: Reading, whose: str) -> tuple[Rea
     if asked.scale is not None:
         low, high = asked.scale
         return asked, [f"scale   {low:g} becomes 0, {high:g} becomes 255"]
+    step = -(-len(paths) // MAX_FILES)
+    # a few thousand headers take a second; one of more bits is refused when it is read
+    if all(_depth(path) == "uint8" for path in paths[::step]):
+        return asked, []
     depths = {path: _depth(path) for path in paths}
     found = Counter(depths.values())
-    if set(found) <= {"uint8"}:
-        return asked, []
     if "uint8" in found:
         first = {depth: path for path, depth in reversed(depths.items())}
         raise UserError(
             f"{', '.join(f'{path} has {depth}' for depth, path in first.items())} pixels: no scale "
             "fits both; save all alike, or give --scale LOW,HIGH"
         )
-    step = -(-len(paths) // MAX_FILES)
     samples: dict[Path, np.ndarray] = {}
     for path in paths[::step]:
         try:

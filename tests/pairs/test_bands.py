@@ -14,6 +14,7 @@ from pairs.images import read_pixels
 from pairs.labels import Classes
 from pairs.layouts import find_pairs
 from pairs.scale import choose_scale
+from runtime.errors import UserError
 
 SIDE = 64
 
@@ -147,3 +148,21 @@ def test_explicit_bands_are_bands_with_align_too(tmp_path: Path) -> None:
             assert valid[:, 2:].all()
             expected = four[[band - 1 for band in bands]]
             assert np.array_equal(before[:, :, 2:], expected[:, :, 2:])
+
+
+@pytest.mark.fault("D16")
+def test_a_deep_image_among_many_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start looks at some headers only; whoever is passed over is met when files are read."""
+    root = save_tree(tmp_path, train=6, val=1)
+    path = root / "train" / "A" / "train_1.png"
+    save(path, Image.fromarray(np.full((32, 32), 3000, np.uint16)))
+    images = [p for pair in find_pairs(root).splits["train"] for p in (pair.before, pair.after)]
+    with pytest.raises(UserError, match=r"train_1\.png has uint16.*no scale fits both"):
+        choose_scale(images, Reading(), "the training split")
+    monkeypatch.setattr("pairs.scale.MAX_FILES", 3)
+    reading, lines = choose_scale(images, Reading(), "the training split")
+    assert (reading, lines) == (Reading(), [])
+    with pytest.raises(UserError, match=r"train_1\.png: has uint16 pixels, not 8 bits"):
+        check(find_pairs(root), Classes(1), reading=reading)

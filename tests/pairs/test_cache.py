@@ -2,12 +2,14 @@
 
 import errno
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.queues
 import multiprocessing.synchronize
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from pairs.build import Build
 from pairs.cache import MAX_GB, open_source, open_splits
 from pairs.labels import Classes, MaskCoding
 from pairs.layouts import find_pairs
-from pairs.sources import CachedSource, FileSource, Source
+from pairs.sources import SUMMED, CachedSource, FileSource, Source, sum_of
 from pairs.splits import Pair
 from runtime.errors import UserError
 
@@ -238,6 +240,43 @@ def test_a_pair_that_no_sample_of_the_opening_meets_is_proved_when_it_is_used(
     assert path.exists()
     assert same(source, opened(data, "none"))
     assert not path.exists()
+
+
+@pytest.mark.fault("D22")
+def test_every_flipped_bit_and_every_page_out_of_place_shows() -> None:
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, 3 * 8 * SUMMED + 77, dtype=np.uint8)
+    found = {sum_of(data)}
+    for place in [0, 7, 8 * SUMMED, data.size - 1, *rng.integers(0, data.size, 200).tolist()]:
+        other = data.copy()
+        other[place] ^= 1 << int(rng.integers(8))
+        found.add(sum_of(other))
+    for one, two in ((0, 1), (0, 8), (3, 11), (2, 22)):
+        other = data.copy()
+        first, second = (slice(4096 * page, 4096 * (page + 1)) for page in (one, two))
+        other[first], other[second] = data[second], data[first]
+        found.add(sum_of(other))
+    assert len(found) == 1 + 204 + 4
+    assert sum_of(data[1:]) != sum_of(data[:-1])  # at any place in memory
+
+
+@pytest.mark.fault("D22")
+def test_a_cache_with_the_sums_of_earlier_versions_is_used_and_proved(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = opened(data)
+    (path,) = (data / "cache").glob("*.pixels")
+    assert isinstance(source, CachedSource)
+    content, offsets = bytearray(path.read_bytes()), source._offsets
+    pairs = itertools.pairwise(offsets)
+    sums = np.array([zlib.crc32(content[a:b]) for a, b in pairs], "<u4")
+    content[offsets[-1] :] = sums.tobytes() + zlib.crc32(sums.tobytes()).to_bytes(4, "little")
+    path.write_bytes(content)
+    decoded = count_decoding(monkeypatch)
+    assert same(opened(data), opened(data))
+    assert not decoded
+    damage(path, "1")
+    assert same(opened(data), opened(data, "none"))
 
 
 @pytest.mark.fault("D21")

@@ -277,20 +277,13 @@ def open_splits(
             begin=begin,
             skip_broken=skip_broken,
         )
-        sources = {
-            split: store.open(
-                FileSource(
-                    checked.layout.splits[split],
-                    checked.encoding,
-                    reading,
-                    stamps=checked.stamps,
-                    sizes=checked.sizes,
-                ),
-                builds.get(split),
-            )
-            for split in splits
+        stamps, sizes, encoding = checked.stamps, checked.sizes, checked.encoding
+        files = {
+            split: FileSource(pairs, encoding, reading, stamps=stamps, sizes=sizes)
+            for split, pairs in checked.layout.splits.items()
+            if split in splits
         }
-    return checked, sources
+        return checked, {split: store.open(files[split], builds.get(split)) for split in splits}
 
 
 def _decode_all(files: FileSource, build: Build) -> None:

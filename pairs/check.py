@@ -109,12 +109,8 @@ def check(
     """
     reader = Reader(classes, reading, crop_size, Memo(memo, layout.root))
     records = reader.read(layout, begin)
-    faults = {
-        pair: found
-        for split in layout.splits.values()
-        for pair in split
-        if (found := _faults(pair, records))
-    }
+    pairs = [pair for split in layout.splits.values() for pair in split]
+    faults = {pair: found for pair in pairs if (found := _faults(pair, records))}
     if skip_broken:
         faults |= _strange_labels(layout, classes, records, faults)
     lines = sorted({line for found in faults.values() for line in found})

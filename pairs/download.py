@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from pairs.layouts import ENDINGS, find_pairs
 from runtime.errors import FULL, UserError
-from runtime.files import locked
+from runtime.files import locked, whole_file
 from runtime.progress import Bar
 
 LICENCE = (
@@ -187,7 +187,8 @@ def fetch(url: str, path: Path, md5: str) -> Path:
             f"{url}: sent another file than was published (md5 {found}, not {md5}); nothing was "
             f"kept. Try later, or fetch it with a browser and put it at {path}"
         )
-    part.replace(path)
+    with whole_file(path) as beside:
+        part.replace(beside)
     return path
 
 

@@ -330,11 +330,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _needs_gdal(header: Header, reading: Reading) -> bool:
-    return bool(header.odd) or _lacks_bands(header, reading)
-
-
-def _lacks_bands(header: Header, reading: Reading) -> bool:
-    return _drops_fourth(header) and max([*(reading.bands or ()), reading.alpha or 0]) == 4
+    asks_for_fourth = max([*(reading.bands or ()), reading.alpha or 0]) == 4
+    return bool(header.odd) or (asks_for_fourth and _drops_fourth(header))
 
 
 def _drops_fourth(header: Header) -> bool:

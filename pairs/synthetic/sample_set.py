@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -207,31 +208,39 @@ def make_sample_set(
     check_is_ours(target, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    drawn = target.with_name(f"{unfinished_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    drawn = target.with_name(f"{unfinished_prefix(target)}{uuid.uuid4().hex[:8]}")
     try:
-        digest, done, palette = sha256(), 0, np.array(list(LAND.values()), dtype=np.uint8)
-        for split, count in counts.items():
-            for folder in FOLDERS[kind]:
-                (drawn / split / folder).mkdir(parents=True)
-            for index in range(count):
-                pair = make_pair(seed, split, index, size=size, kind=kind)
-                for folder, pixels in zip(FOLDERS[kind], pair, strict=True):
-                    digest.update(pixels.tobytes())
-                    is_coloured = kind == "semantic" and pixels.ndim == 2
-                    image = Image.fromarray(palette[pixels] if is_coloured else pixels)
-                    image.save(file_of(drawn, split, folder, index), compress_level=3)
-                os.utime(drawn)  # a sign of life for sweep
-                done += 1
-                if progress:
-                    progress(done, sum(counts.values()))
+        marker = {"note": NOTE, **parameters, "sha256": _draw_all(drawn, parameters, progress)}
         if kind == "semantic":
             (drawn / classes.FILE).write_text(json.dumps(LAND, indent=1) + "\n", encoding="utf-8")
-        marker = {"note": NOTE, **parameters, "sha256": digest.hexdigest()}
         (drawn / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         move_into_place(drawn, target, parameters)
     finally:
         shutil.rmtree(drawn, ignore_errors=True)
     return root
+
+
+def _draw_all(
+    folder: Path, parameters: Mapping[str, Any], progress: Callable[[int, int], None] | None
+) -> str:
+    """Draw all pairs into a folder, and return the digest of their pixels."""
+    counts, kind, done = parameters["num_pairs"], parameters["kind"], 0
+    digest, palette = sha256(), np.array(list(LAND.values()), dtype=np.uint8)
+    for split, count in counts.items():
+        for name in FOLDERS[kind]:
+            (folder / split / name).mkdir(parents=True)
+        for index in range(count):
+            pair = make_pair(parameters["seed"], split, index, size=parameters["size"], kind=kind)
+            for name, pixels in zip(FOLDERS[kind], pair, strict=True):
+                digest.update(pixels.tobytes())
+                is_coloured = kind == "semantic" and pixels.ndim == 2
+                image = Image.fromarray(palette[pixels] if is_coloured else pixels)
+                image.save(file_of(folder, split, name, index), compress_level=3)
+            os.utime(folder)  # a sign of life for sweep
+            done += 1
+            if progress:
+                progress(done, sum(counts.values()))
+    return digest.hexdigest()
 
 
 def choose_data(data: Path, task: str = "change", num_classes: int | None = None) -> Path:

@@ -99,11 +99,19 @@ class SiameseUNet(nn.Module):
             (B, K, H, W) logits: no sigmoid, no softmax.
         """
         height, width = before.shape[-2:]
-        image = torch.cat([before, after]).contiguous(memory_format=torch.channels_last)
+        features = self.encode(torch.cat([before, after]))  # (2B, C_s, H/s, W/s) for each s
+        return self._compare(features)[..., :height, :width]  # sizes were rounded up
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Turn dates (N, 3, H, W), uint8 or float in [0, 1], into one map per stride."""
+        image = image.contiguous(memory_format=torch.channels_last)
         if image.dtype == torch.uint8:
             image = image.float() / 255
-        features = self.encoder(image)  # (2B, C_s, H/s, W/s) for each s
-        return self._compare(features)[..., :height, :width]  # sizes were rounded up
+        return self.encoder(image)
+
+    def compare(self, before: list[Tensor], after: list[Tensor]) -> Tensor:
+        """Turn the maps of both dates into logits, of sizes that are rounded up."""
+        return self._compare([torch.cat(pair) for pair in zip(before, after, strict=True)])
 
     def _compare(self, features: list[Tensor]) -> Tensor:
         fused = [fuse(*_dates(f)) for fuse, f in zip(self.fusions, features, strict=True)]

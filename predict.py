@@ -8,9 +8,7 @@ polygons.py say what is in them). Started by torchrun, several processes share t
 
 import shlex
 import sys
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,9 @@ class Config:
     checkpoint: str = option(REQUIRED, "best.pt of a run", positional=True)
     before: str = option(REQUIRED, "the earlier date: a file or a folder", positional=True)
     after: str = option(REQUIRED, "the later date: a file or a folder", positional=True)
+    later: tuple[str, ...] = option(
+        (), "still later dates: each is compared with the one before", positional=True
+    )
 
     output_dir: str = option(
         "predictions",
@@ -69,6 +70,12 @@ class Config:
         0.0, "metres by which outlines of polygons may be simplified; 0 keeps them", at_least=0
     )
     report: bool = option(True, "write NAME_report.html, a page to look at")
+    part: str | None = option(
+        None,
+        "predict one of N parts, I/N, as one of several jobs; --join then writes the maps",
+        form=(r"[1-9]\d*/[1-9]\d*", "I/N: 3/8 is the third of eight"),
+    )
+    join: bool = option(False, "write the maps from the parts that jobs have predicted")
 
     align: bool = option(
         False, "resample the later date onto the grid of the earlier one", group="what goes in"
@@ -105,24 +112,22 @@ class Config:
 if __name__ == "__main__":  # the imports below take seconds; a wrong word is answered before
     GIVEN = start(Config, description=__doc__, check=lambda given: find_model(given.checkpoint))
 
-import torch
 from torch import Tensor, nn
 
-from mapping.grids import Grid
-from mapping.maps import Kinds, Output, SceneMaps, check_free, remove_set
-from mapping.rasters import Scene, SceneFault, ScenePair, find_scenes, open_scene
+from mapping.job import Job, Mapped
+from mapping.maps import Kinds, Output, check_free
+from mapping.rasters import SceneFault
+from mapping.scenes import Series, find_scenes
 from mapping.sidecars import is_complete
 from metrics import change_probability
 from model import restore_model
-from networks.sliding_window import Image, predict_bands, predict_logits
+from networks.sliding_window import Image, predict_logits
 from pairs.bands import Reading
 from runtime.checkpoint import VERSION, digest_of, read_checkpoint
 from runtime.config import as_dict, as_flags
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError
-from runtime.files import whole_folder
-from runtime.progress import Bar
 from scoring.record import stored_threshold
 
 
@@ -141,6 +146,8 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
     """
     config, model, kinds = _model_of(Config(**given))
     config, about, scenes, faults = from_rank_0(lambda: prepare(config, kinds))
+    job = job_of(config, model, kinds, about)
+    num_pairs = sum(map(len, scenes))
     results: list[Mapped] = []
     shared = False
     with (
@@ -154,42 +161,40 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
         def leave_if_asked() -> None:
             (number,) = agree(stop.signal_number) if shared else (stop.signal_number,)
             if number:
-                raise Interrupted(
-                    f"stopped after {len(results)} of {len(scenes)} scenes; nothing of the next "
-                    "one was written; --skip-existing goes on",
-                    number,
-                )
+                left = "nothing of the next one was written; --skip-existing goes on"
+                if config.part:
+                    left = "bands that are predicted stay; the same command goes on"
+                done = f"stopped after {len(results)} of {num_pairs} scenes"
+                raise Interrupted(f"{done}; {left}", number)
 
         for first in range(0, len(scenes), world_size()):
             group = scenes[first : first + world_size()]
             shared = len(group) < world_size()
-            for pair in group if shared else share(group):
-                own: Mapped | str | None
+            for series in group if shared else share(group):
+                own: list[Mapped] | str | None
                 try:
-                    own = predict_pair(
-                        model,
-                        kinds,
-                        pair,
-                        Path(config.output_dir),
-                        config=config,
-                        about=about,
-                        leave_if_asked=leave_if_asked,
-                        shared=shared,
-                    )
+                    own = job.run(series, leave_if_asked, shared=shared)
                 except SceneFault as fault:  # of a scene that is shared, all processes have it
                     own = str(fault) if not shared or rank() == 0 else None
-                found = [mapped for mapped in gather(own) if mapped]
-                for number, one in enumerate(found):
-                    if isinstance(one, str):
-                        faults.append(one)
-                        continue
-                    if number:  # rank 0 has said its own
-                        print(*one.lines, sep="\n", flush=True)
-                    results.append(one)
-                    faults += [one.fault] if one.fault else []
+                _take(gather(own), results, faults)
     if faults:
         raise UserError(_listed(faults, len(results)))
     return results
+
+
+def _take(
+    found: Sequence[list[Mapped] | str | None], results: list[Mapped], faults: list[str]
+) -> None:
+    """Note what all processes have done; rank 0 has said its own."""
+    for number, one in enumerate(found):
+        if isinstance(one, str):
+            faults.append(one)
+            continue
+        for mapped in one or ():
+            if number:
+                print(*mapped.lines, sep="\n", flush=True)
+            results.append(mapped)
+            faults += [mapped.fault] if mapped.fault else []
 
 
 def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds]:
@@ -248,6 +253,10 @@ def check(config: Config) -> None:
         raise UserError("--overwrite and --skip-existing: give one of them")
     if config.overlap >= config.window:
         raise UserError(f"--overlap {config.overlap}: give less than --window {config.window}")
+    if part_of(config) and config.join:
+        raise UserError("--part and --join: give one of them, --join when all parts are predicted")
+    if (config.part or config.join) and world_size() > 1:
+        raise UserError("--part and --join: each is one process; start them without torchrun")
     reading_of(config)
 
 
@@ -256,20 +265,56 @@ def reading_of(config: Config) -> Reading:
     return Reading.asked(config.bands, config.scale, config.alpha)
 
 
-def opened(pair: ScenePair, config: Config) -> AbstractContextManager[Scene]:
-    """Open both dates of a scene as the options say."""
-    return open_scene(
-        pair.before,
-        pair.after,
-        reading=reading_of(config),
-        align=config.align,
-        allow_vrt=config.allow_vrt,
+def job_of(
+    config: Config, model: nn.Module, kinds: Kinds, about: Mapping[str, Any] | None = None
+) -> Job:
+    """Return what is done with each scene.
+
+    Args:
+        config: the options.
+        model: `(before, after) -> logits`, on its device.
+        kinds: of its classes.
+        about: the provenance.
+    """
+    return Job(
+        model,
+        kinds,
+        Path(config.output_dir),
+        Output(
+            config.probability,
+            config.polygons,
+            config.min_area,
+            config.fill_holes,
+            config.simplify,
+            config.report,
+            about or {},
+        ),
+        config.threshold,
+        config.window,
+        config.overlap,
+        opening={
+            "reading": reading_of(config),
+            "align": config.align,
+            "allow_vrt": config.allow_vrt,
+        },
+        predicting={"batch_size": config.batch_size, "flips": config.flips, "amp": config.amp},
+        replaces=config.overwrite or config.skip_existing,
+        part=part_of(config),
+        joins=config.join,
     )
 
 
-def prepare(
-    config: Config, kinds: Kinds
-) -> tuple[Config, dict[str, Any], list[ScenePair], list[str]]:
+def part_of(config: Config) -> tuple[int, int] | None:
+    """Return the number of the part, from 1, and how many there are."""
+    if config.part is None:
+        return None
+    number, total = map(int, config.part.split("/"))
+    if number > total:
+        raise UserError(f"--part {config.part}: give 1/{total} to {total}/{total}")
+    return number, total
+
+
+def prepare(config: Config, kinds: Kinds) -> tuple[Config, dict[str, Any], list[Series], list[str]]:
     """Judge all that can be judged before the first window.
 
     Returns:
@@ -279,36 +324,56 @@ def prepare(
     Raises:
         UserError: nothing can be mapped, or maps are there.
     """
-    scenes = find_scenes(Path(config.before), Path(config.after))
-    sound, faults = _judged(scenes, config)
+    scenes = find_scenes(*map(Path, (config.before, config.after, *config.later)))
+    sound, faults = _judged(scenes, config, kinds)
     path, out = find_model(config.checkpoint), Path(config.output_dir)
     if config.threshold is None and kinds.has_threshold:
-        if chosen := stored_threshold(path):
-            threshold, source = chosen
-            print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
-            config = replace(config, threshold=threshold)
-        else:
-            print(
-                "threshold 0.5, which fits few scenes: with a few labelled pairs of your own as "
-                "val, evaluate.py chooses a better one; --threshold sets it"
-            )
+        config = _with_threshold(config, path)
     about = provenance(config, path)
     if config.skip_existing:
-        todo = [scene for scene in sound if not is_complete(out, scene.name, about)]
-        print(f"{len(sound) - len(todo)} of {len(scenes)} scenes are mapped already")
+        todo = [left for s in sound for left in _left(s, out, about)]
+        num_there = sum(map(len, sound)) - sum(map(len, todo))
+        print(f"{num_there} of {sum(map(len, scenes))} scenes are mapped already")
         sound = todo
     elif not config.overwrite:
-        check_free(out, (scene.name for scene in sound))
+        check_free(out, (pair.name for series in sound for pair in series))
     return config, about, sound, faults
 
 
-def _judged(scenes: Sequence[ScenePair], config: Config) -> tuple[list[ScenePair], list[str]]:
+def _with_threshold(config: Config, path: Path) -> Config:
+    """Return the options with the threshold that evaluate.py has chosen, if it has."""
+    if chosen := stored_threshold(path):
+        threshold, source = chosen
+        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
+        return replace(config, threshold=threshold)
+    print(
+        "threshold 0.5, which fits few scenes: with a few labelled pairs of your own as "
+        "val, evaluate.py chooses a better one; --threshold sets it"
+    )
+    return config
+
+
+def _left(series: Series, out: Path, about: Mapping[str, Any]) -> list[Series]:
+    """Return the pairs of a scene that are not mapped, as series of neighbours."""
+    left: list[Series] = [[]]
+    for pair in series:
+        if is_complete(out, pair.name, about):
+            left.append([])
+        else:
+            left[-1].append(pair)
+    return [neighbours for neighbours in left if neighbours]
+
+
+def _judged(
+    scenes: Sequence[Series], config: Config, kinds: Kinds
+) -> tuple[list[Series], list[str]]:
     """Return the scenes that can be mapped, by their headers, and the faults of the others."""
+    job = job_of(config, nn.Identity(), kinds)
     sound, faults = [], []
-    for scene in scenes:
+    for series in scenes:
         try:
-            with opened(scene, config):
-                sound.append(scene)
+            with job.open(series):
+                sound.append(series)
         except SceneFault as fault:
             if len(scenes) == 1:
                 raise
@@ -320,7 +385,7 @@ def _judged(scenes: Sequence[ScenePair], config: Config) -> tuple[list[ScenePair
 
 # Options that change no pixel of a map
 _HARMLESS = {"checkpoint", "before", "after", "output_dir", "overwrite", "skip_existing", "report",
-             "batch_size", "device"}  # fmt: skip
+             "batch_size", "device", "later", "part", "join"}  # fmt: skip
 
 
 def provenance(config: Config, path: Path) -> dict[str, Any]:
@@ -330,7 +395,8 @@ def provenance(config: Config, path: Path) -> dict[str, Any]:
         for field in fields(config)
         if getattr(config, field.name) != field.default
     }
-    words = [shlex.quote(str(given.pop(name))) for name in ("checkpoint", "before", "after")]
+    dates = [given.pop("before"), given.pop("after"), *given.pop("later", ())]
+    words = [shlex.quote(str(word)) for word in (given.pop("checkpoint"), *dates)]
     return {
         "checkpoint": str(path),
         "checkpoint_sha256": digest_of(path),
@@ -339,155 +405,6 @@ def provenance(config: Config, path: Path) -> dict[str, Any]:
         "command": f"python predict.py {' '.join(words)} {as_flags(given)}".strip(),
         "version": VERSION,
     }
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """What there is to say of a scene.
-
-    Attributes:
-        lines: for the user.
-        megapixels, seconds: of the scene, and that it took.
-        changed: share of the pixels that have data.
-        polygons: how many were written.
-        fault: of what is missing of its set.
-    """
-
-    lines: tuple[str, ...]
-    megapixels: float
-    seconds: float
-    changed: float
-    polygons: int
-    fault: str = ""
-
-
-def predict_pair(
-    model: nn.Module,
-    kinds: Kinds,
-    pair: ScenePair,
-    out: Path,
-    *,
-    config: Config,
-    about: Mapping[str, Any] | None = None,
-    leave_if_asked: Callable[[], None] = lambda: None,
-    shared: bool = False,
-) -> Mapped | None:
-    """Predict one pair and write its maps: NAME_probability, NAME_mask, ... in `out`.
-
-    Args:
-        model: `(before, after) -> logits`, on its device.
-        kinds: of its classes.
-        pair: the files.
-        out: folder of the maps.
-        config: the options.
-        about: the provenance.
-        leave_if_asked: may raise to end it; then nothing is left behind.
-        shared: all processes do this together, see `predict_bands`; rank 0 writes.
-
-    Returns:
-        What there is to say, where it was written.
-    """
-    start = time.perf_counter()
-    with (
-        opened(pair, config) as scene,
-        closing(_bands(model, scene, pair.name, config, leave_if_asked, shared)) as bands,
-    ):
-        if shared and rank() > 0:
-            for _ in bands:
-                pass
-            return None
-        print(*scene.notes, sep="\n", end="\n" if scene.notes else "", flush=True)
-        grid, num_valid, num_changed = scene.grid, 0, 0
-        output = Output(
-            config.probability,
-            config.polygons,
-            config.min_area,
-            config.fill_holes,
-            config.simplify,
-            config.report,
-            {"before": str(pair.before), "after": str(pair.after), **(about or {})},
-        )
-        with (
-            whole_folder(out) as folder,
-            SceneMaps(folder, pair.name, scene, kinds, output) as maps,
-        ):
-            for top, logits in bands:
-                valid, is_change = maps.write(top, logits, config.threshold)
-                num_valid += valid
-                num_changed += is_change
-            changed = num_changed / max(num_valid, 1)
-            found = maps.finish(_about_lines(pair, grid, changed, output))
-            if config.overwrite or config.skip_existing:
-                remove_set(out, pair.name)  # what is not made again must not seem to be
-    seconds, megapixels = time.perf_counter() - start, grid.height * grid.width / 1e6
-    no_data = 1 - num_valid / (grid.height * grid.width)
-    line = (
-        f"{out / pair.name}_*: {grid.width} x {grid.height}, {changed:.2%} changed"
-        f"{f', {found.number} polygons' if maps.has_polygons else ''}"
-        f"{f' and {found.num_left_out} too small (--min-area)' if found.num_left_out else ''}"
-        f"{f', {no_data:.1%} without data' if no_data else ''}"
-        f", {megapixels / seconds:.2g} megapixels/s"
-    )
-    print(line, flush=True)
-    fault = f"{out / pair.name}_polygons: {found.fault}" if found.fault else ""
-    return Mapped((*scene.notes, line), megapixels, seconds, changed, found.number, fault)
-
-
-def _about_lines(pair: ScenePair, grid: Grid, changed: float, output: Output) -> list[str]:
-    """Return what the page of a scene says first."""
-    lines = [f"{pair.before} and {pair.after}", f"{grid}: {changed:.2%} changed"]
-    if "command" in output.about:
-        lines += [
-            f"{output.about['command']}",
-            f"checkpoint {output.about['checkpoint_sha256']}, version {output.about['version']}",
-        ]
-    return lines
-
-
-def _bands(
-    model: nn.Module,
-    scene: Scene,
-    name: str,
-    config: Config,
-    leave_if_asked: Callable[[], None],
-    shared: bool,
-) -> Generator[tuple[int, Tensor], None, None]:
-    """Predict a scene under a progress bar."""
-    grid = scene.grid
-    megapixels = grid.height * grid.width / 1e6
-    with Bar(
-        total=megapixels,
-        desc=name,
-        unit="MP",
-        disable=rank() > 0,
-        bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
-
-        def read_rows(top: int, bottom: int) -> tuple[Tensor, Tensor]:
-            before, after, _ = scene.read(top, bottom)
-            return torch.from_numpy(before), torch.from_numpy(after)
-
-        def after_batch(part: float) -> None:
-            bar.update(part * megapixels)
-            if not shared:
-                leave_if_asked()
-
-        for band in predict_bands(
-            model,
-            read_rows,
-            grid.height,
-            grid.width,
-            window=config.window,
-            overlap=config.overlap,
-            batch_size=config.batch_size,
-            flips=config.flips,
-            amp=config.amp,
-            after_batch=after_batch,
-            shared=shared,
-        ):
-            yield band
-            if shared:  # all have as many bands, but not as many batches
-                leave_if_asked()
 
 
 if __name__ == "__main__":

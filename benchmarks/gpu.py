@@ -257,8 +257,8 @@ def whole_scene(arguments: argparse.Namespace, side: int, batch: int) -> dict[st
     from scene import write_scene
 
     from mapping.maps import Kinds
-    from mapping.rasters import ScenePair
-    from predict import Config, predict_pair
+    from mapping.scenes import ScenePair
+    from predict import Config, job_of
 
     row: dict[str, Any] = {"batch": batch}
     with tempfile.TemporaryDirectory() as temporary, explained(row):
@@ -266,11 +266,9 @@ def whole_scene(arguments: argparse.Namespace, side: int, batch: int) -> dict[st
         write_scene(folder, side)
         before, after = folder / "before.tif", folder / "after.tif"
         model = ours(backbone=backbone(arguments)).to(arguments.device).eval()
-        result = predict_pair(
-            model, Kinds.of("change", 1, {}), ScenePair("scene", before, after), folder / "out",
-            config=Config("", str(before), str(after), batch_size=batch),
-        )  # fmt: skip
-        assert result is not None
+        config = Config("", "", "", output_dir=str(folder / "out"), batch_size=batch)
+        job = job_of(config, model, Kinds.of("change", 1, {}))
+        (result,) = job.run([ScenePair("scene", before, after)]) or []
         row |= {
             "seconds": result.seconds, "megapixels_per_second": side**2 / 1e6 / result.seconds,
             "polygons": result.polygons,

@@ -28,8 +28,8 @@ from scene import write_scene
 from train_step import batch_of, ours, train
 
 from mapping.maps import Kinds
-from mapping.rasters import ScenePair
-from predict import Config, predict_pair
+from mapping.scenes import ScenePair
+from predict import Config, job_of
 from runtime import distributed
 from runtime.distributed import share, world_size
 from runtime.sync_batch_norm import synchronize
@@ -121,13 +121,12 @@ def _prediction(side: int, folder: Path) -> Work:
     """Return the prediction of the scene; it says how many megapixels this process wrote."""
     model = ours()
     pair = ScenePair("scene", folder / "before.tif", folder / "after.tif")
-    config = Config("", "", "", amp="bf16")
-    shared = world_size() > 1
-    out = folder / f"of-{world_size()}"
+    config = Config("", "", "", amp="bf16", output_dir=str(folder / f"of-{world_size()}"))
+    job = job_of(config, model, KINDS)
 
     def work() -> float:
         with redirect_stdout(StringIO()):
-            mapped = predict_pair(model, KINDS, pair, out, config=config, shared=shared)
+            mapped = job.run([pair], shared=world_size() > 1)
         return side**2 / 1e6 if mapped else 0.0
 
     return work

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mapping.maps import Kinds
-from mapping.rasters import ScenePair
+from mapping.scenes import ScenePair
 from pairs.synthetic.sample_set import make_pair
-from predict import Config, predict, predict_pair
+from predict import Config, job_of, predict
 from runtime.checkpoint import read_checkpoint
 
 TILE, NUM_TILES = 512, 8
@@ -59,11 +59,9 @@ def run(folder: Path, checkpoint: str | None, device: str, batch_size: int) -> N
     """Predict one scene, and print its seconds and the most bytes that were held."""
     before, after, out = folder / "before.tif", folder / "after.tif", folder / "out"
     if checkpoint is None:
-        config = Config("", str(before), str(after), batch_size=batch_size)
-        kinds = Kinds.of("change", 1, {})
-        pair = ScenePair("scene", before, after)
-        result = predict_pair(Brighter(), kinds, pair, out, config=config)
-        assert result is not None
+        config = Config("", "", "", output_dir=str(out), batch_size=batch_size)
+        job = job_of(config, Brighter(), Kinds.of("change", 1, {}))
+        (result,) = job.run([ScenePair("scene", before, after)]) or []
     else:
         given = {"checkpoint": checkpoint, "before": before, "after": after, "output_dir": out}
         paths = {name: str(path) for name, path in given.items()}

@@ -12,20 +12,16 @@ is whole, so that no file that looks complete is not.
 """
 
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from mapping.grids import Grid
+from mapping.files import Color, GeoTiffMap, Overlay, PngMap, ignored_place_warnings
+from mapping.pipeline import PROBABILITY_STEPS, Band
 from mapping.polygons import (
     Polygon,
     check_installed,
@@ -33,7 +29,7 @@ from mapping.polygons import (
     write_geojson,
     write_geopackage,
 )
-from mapping.rasters import Bools, Bytes, Scene
+from mapping.rasters import Scene
 from mapping.report import MAX_PLACES, Report
 from mapping.sidecars import (
     tags_of,
@@ -42,7 +38,6 @@ from mapping.sidecars import (
     write_place,
     write_probability_style,
 )
-from metrics import change_probability, check_logits, predict_classes
 from pairs.images import IGNORE
 from runtime.errors import UserError
 from visualize import PALETTE
@@ -52,13 +47,6 @@ LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "
 # all that may be there of a layer, with what other programs leave beside it
 ENDINGS = (".png", ".tif", ".geojson", ".gpkg", ".html", ".json", ".qml", ".pgw", "_files",
            ".png.aux.xml", ".tif.aux.xml", ".gpkg-wal", ".gpkg-shm")  # fmt: skip
-PROBABILITY_STEPS = 254  # of uint8; 255 is no data
-SINGLE = (255, 0, 170)  # of change in the overlay, where there is one kind: a colour of no land
-PREVIEW_SIDE = 2048  # pixels of the overlay's longer side
-_TINT = 0.45  # how much of a changed pixel's colour is its class's
-_TILE = 512
-
-Color = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -135,204 +123,6 @@ class Found:
     places: Sequence[tuple[str, tuple[int, int, int, int]]] = ()
 
 
-class PngMap:
-    """A map of a plain image, in memory until it is saved.
-
-    Args:
-        path: the ending says how: .png, or .tif for float32.
-        grid: its size.
-        dtype: "uint8" or "float32".
-        palette: the colour of each class value, for masks.
-    """
-
-    def __init__(
-        self, path: Path, grid: Grid, dtype: str, palette: Sequence[Color] | None = None
-    ) -> None:
-        self.path = path
-        self.pixels = np.zeros((grid.height, grid.width), dtype=dtype)
-        self.palette = palette
-
-    def write(self, top: int, rows: NDArray[Any]) -> None:
-        """Take rows (n, W) from `top` on."""
-        self.pixels[top : top + len(rows)] = rows
-
-    def finish(self) -> None:
-        """Save the file."""
-        image = Image.fromarray(self.pixels)
-        if self.palette is not None:
-            image.putpalette(bytes(_full_palette(self.palette)), "RGB")
-        image.save(self.path)
-
-
-class GeoTiffMap:
-    """A map on a grid, on the disk from the first band on: a tiled GeoTIFF, then a COG of it.
-
-    Args:
-        path: of the cloud-optimised GeoTIFF.
-        grid: of the scene.
-        dtype: "uint8", "uint16" or "float32".
-        palette: the colour of each class value, for masks.
-        nodata: the value of pixels without data.
-        unit: what a step of the value means, told to GDAL.
-        tags: of the file.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        grid: Grid,
-        dtype: str,
-        palette: Sequence[Color] | None = None,
-        *,
-        nodata: float = IGNORE,
-        unit: float = 1.0,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        import rasterio
-
-        self.path = path
-        self.draft = path.with_suffix(".draft.tif")
-        # thinned-out copies: the mean of probabilities, the most frequent of classes
-        self.resampling = "MODE" if palette is not None else "AVERAGE"
-        with warnings.catch_warnings(), _writing(path):
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            self.file = rasterio.open(
-                self.draft,
-                "w",
-                driver="GTiff",
-                height=grid.height,
-                width=grid.width,
-                count=1,
-                dtype=dtype,
-                crs=grid.crs,
-                transform=grid.transform,
-                nodata=nodata,
-                tiled=True,
-                blockxsize=_TILE,
-                blockysize=_TILE,
-                compress="deflate",
-                zlevel=1,
-                bigtiff="if_safer",
-            )
-        if palette is not None:
-            table = _full_palette(palette).reshape(-1, 3).tolist()
-            self.file.write_colormap(1, {v: (*c, 255) for v, c in enumerate(table)})
-        if unit != 1:
-            self.file.scales = (unit,)
-        self.file.update_tags(**(tags or {}))
-        if grid.points is not None and grid.points.rpcs is not None:
-            self.file.rpcs = grid.points.rpcs
-        elif grid.points is not None:
-            self.file.gcps = grid.points.gcps
-
-    def write(self, top: int, rows: NDArray[Any]) -> None:
-        """Take rows (n, W) from `top` on."""
-        with _writing(self.path):
-            self.file.write(rows, 1, window=((top, top + len(rows)), (0, self.file.width)))
-
-    def close(self) -> None:
-        """Complete the draft, which polygons are drawn from."""
-        with _writing(self.path):
-            self.file.close()
-
-    def finish(self) -> None:
-        """Write the cloud-optimised file from the draft."""
-        import rasterio.shutil
-
-        self.close()
-        with _writing(self.path):
-            rasterio.shutil.copy(
-                self.draft,
-                self.path,
-                driver="COG",
-                compress="DEFLATE",
-                predictor="YES",
-                blocksize=_TILE,
-                overview_resampling=self.resampling,
-                bigtiff="IF_SAFER",
-                num_threads="ALL_CPUS",
-            )
-            self._read_back()
-        self.draft.unlink()
-
-    def _read_back(self) -> None:
-        """Read the whole file: GDAL does not always say that the disk was full."""
-        import rasterio
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with rasterio.open(self.path) as whole:
-                levels = [{}, *({"overview_level": i} for i in range(len(whole.overviews(1))))]
-            for level in levels:
-                with rasterio.open(self.path, **level) as file:
-                    for top in range(0, file.height, _TILE):
-                        rows = (top, min(top + _TILE, file.height))
-                        file.read(1, window=(rows, (0, file.width)))
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn GDAL's errors into one line; of a full disk they speak in many ways."""
-    from rasterio._err import CPLE_BaseError  # what `shutil.copy` raises has no public name
-    from rasterio.errors import RasterioError
-
-    try:
-        yield
-    except (RasterioError, CPLE_BaseError) as error:
-        raise UserError(f"{path}: cannot be written whole ({error}); make room") from None
-
-
-class Overlay:
-    """The later date with the change tinted in its class's colour and outlined, thinned out.
-
-    A pixel of the picture shows change if any pixel that it stands for does.
-
-    Args:
-        path: of the PNG.
-        grid: of the scene.
-        palette: the colour of each class value.
-    """
-
-    def __init__(self, path: Path, grid: Grid, palette: Sequence[Color]) -> None:
-        self.path = path
-        self.palette = np.array(palette, dtype=np.uint8)
-        if len(palette) == 2:
-            self.palette[1] = SINGLE  # a mask's white is lost on bright roofs
-        self.step = -(-max(grid.height, grid.width) // PREVIEW_SIDE)
-        shape = (-(-grid.height // self.step), -(-grid.width // self.step))
-        self.picture = np.zeros((*shape, 3), dtype=np.uint8)
-        self.classes = np.zeros(shape, dtype=np.uint8)
-
-    def write(self, top: int, after: Bytes, classes: Bytes) -> None:
-        """Take rows of the later date (3, n, W) and their classes (n, W), 0 or 255 = none."""
-        rows = np.arange(top, top + classes.shape[0])
-        is_first = rows % self.step == 0
-        columns = np.arange(0, classes.shape[1], self.step)
-        picked = after[:, is_first][:, :, columns]
-        self.picture[rows[is_first] // self.step] = picked.transpose(1, 2, 0)
-        change = np.where(classes == IGNORE, 0, classes)
-        np.maximum.at(self.classes, rows // self.step, np.maximum.reduceat(change, columns, axis=1))
-
-    def finish(self) -> None:
-        """Save the picture."""
-        is_change = self.classes > 0
-        color = self.palette[self.classes[is_change]]
-        mixed = (1 - _TINT) * self.picture[is_change] + _TINT * color
-        padded = np.pad(is_change, 1, mode="edge")
-        inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        is_edge = ~inside[is_change]
-        self.picture[is_change] = np.where(is_edge[:, None], color, np.rint(mixed)).astype(np.uint8)
-        Image.fromarray(self.picture).save(self.path)
-
-
-def code_probability(probability: NDArray[np.float32], valid: Bools, dtype: str) -> NDArray[Any]:
-    """Turn probabilities (n, W) into the values of a file."""
-    if dtype == "float32":
-        return np.where(valid, probability, np.float32(np.nan))
-    steps = np.rint(PROBABILITY_STEPS * probability).astype(np.uint8)
-    return np.where(valid, steps, np.uint8(IGNORE))
-
-
 class SceneMaps:
     """All that is written of one scene; its files are open until the `with` ends.
 
@@ -351,7 +141,7 @@ class SceneMaps:
         layers = ["classes_before", "classes_after"] if kinds.task == "semantic" else ["mask"]
         self.has_polygons = grid.has_place and output.polygons != "none"
         if self.has_polygons:
-            check_installed(scene.before.path)
+            check_installed(scene.dates[0].path)
         self.probability: PngMap | GeoTiffMap
         self.masks: list[PngMap | GeoTiffMap]
         if scene.is_plain:
@@ -375,6 +165,7 @@ class SceneMaps:
         if self.has_polygons and kinds.task == "semantic":
             self.transitions = GeoTiffMap(folder / "transitions.tif", grid, "uint16", nodata=0)
         self.overlay = Overlay(folder / f"{name}_overlay.png", grid, kinds.palette)
+        self.num_valid = self.num_changed = 0
         self.report: Report | None = None
         if output.has_report:
             self.report = Report(folder, name, grid, self.overlay.palette.tolist())
@@ -383,43 +174,37 @@ class SceneMaps:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Complete the drafts."""
         for each in (self.probability, *self.masks, self.transitions):
             if isinstance(each, GeoTiffMap):
                 each.close()
 
-    def write(self, top: int, logits: Tensor, threshold: float | None) -> tuple[int, int]:
-        """Write a band.
-
-        Args:
-            top: its first row.
-            logits: (C, n, W).
-            threshold: of the change probability; None is the rule of the model itself.
-
-        Returns:
-            How many of its pixels have data, and how many of those show change.
-
-        Raises:
-            UserError: the logits are not finite.
-        """
-        check_logits(logits)
-        task = self.kinds.task
-        before, after, valid = self.scene.read(top, top + logits.shape[1])
-        chance = change_probability(logits[None], task=task)[0].cpu().numpy()
-        found = predict_classes(logits[None], threshold, task=task)[0].to(torch.uint8).cpu().numpy()
-        classes = np.where(valid, found, np.uint8(IGNORE)).reshape(len(self.masks), *valid.shape)
-        self.probability.write(top, code_probability(chance, valid, self.stored))
-        for mask, rows in zip(self.masks, classes, strict=True):
+    def write(self, band: Band) -> None:
+        """Write a band; they come from top to bottom."""
+        top, last = band.top, band.classes[-1]
+        valid = last != IGNORE
+        self.probability.write(top, band.probability)
+        for mask, rows in zip(self.masks, band.classes, strict=True):
             mask.write(top, rows)
         if self.transitions is not None:
-            first, later = found.astype(np.uint16)
+            first, later = band.classes.astype(np.uint16)
             self.transitions.write(top, (256 * first + later) * valid)
-        self.overlay.write(top, after, classes[-1])
+        self.overlay.write(top, band.after, last)
         if self.report is not None:
-            self.report.write(before, after, classes[-1])
-        return int(valid.sum()), int(((classes[-1] > 0) & valid).sum())
+            self.report.write(band.before, band.after, last)
+        self.num_valid += int(valid.sum())
+        self.num_changed += int(((last > 0) & valid).sum())
+
+    @property
+    def changed(self) -> float:
+        """The share of the pixels with data that show change."""
+        return self.num_changed / max(self.num_valid, 1)
 
     def finish(self, lines: Sequence[str] = ()) -> Found:
-        """Complete all files.
+        """Complete all files, those that take long at the same time.
 
         Args:
             lines: what the page says first.
@@ -427,11 +212,17 @@ class SceneMaps:
         Returns:
             What came of the polygons; a fault of theirs costs none of the maps.
         """
-        found = self._polygons() if self.has_polygons else Found()
-        if self.transitions is not None:
-            self.transitions.draft.unlink()
-        for each in (self.probability, *self.masks, self.overlay):
-            each.finish()
+        maps = (self.probability, *self.masks)
+        self.close()
+        with ignored_place_warnings(), ThreadPoolExecutor() as pool:
+            polygons = pool.submit(self._polygons) if self.has_polygons else None
+            files = [pool.submit(each.finish) for each in (*maps, self.overlay)]
+            for file in files:
+                file.result()
+            found = polygons.result() if polygons else Found()
+        for each in (*maps, self.transitions):
+            if isinstance(each, GeoTiffMap):
+                each.draft.unlink()
         write_place(self.overlay.path, self.scene.grid, self.overlay.step)
         for mask in self.masks:
             write_class_style(mask.path, self.kinds.names, self.kinds.palette)
@@ -448,8 +239,6 @@ class SceneMaps:
         """Write the polygons, in the forms that are wanted."""
         classes, output = self.transitions or self.masks[0], self.output
         assert isinstance(classes, GeoTiffMap) and isinstance(self.probability, GeoTiffMap)
-        classes.close()
-        self.probability.close()
         describe = self.kinds.describe
         base = self.folder / f"{self.name}_polygons"
         try:
@@ -509,10 +298,3 @@ def remove_set(folder: Path, name: str) -> None:
             shutil.rmtree(file)
         else:
             file.unlink()
-
-
-def _full_palette(palette: Sequence[Color]) -> Bytes:
-    """Return 256 colours in a row; those of no class are grey."""
-    table = np.full((256, 3), 96, dtype=np.uint8)
-    table[: len(palette)] = palette
-    return table.reshape(-1)

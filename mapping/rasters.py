@@ -1,4 +1,4 @@
-"""Both dates of a scene of any size, read by strips of rows.
+"""The dates of a scene of any size, read by strips of rows.
 
     plain     PNG, JPEG, BMP and plain TIFF up to 4,096 x 4,096     whole, by image_io's rules
     raster    larger ones, GeoTIFF and all else that GDAL opens     by strips, through rasterio
@@ -10,10 +10,10 @@ extra (requirements-geo.txt) and is imported where a file needs it.
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ from pairs.images import (
 from pairs.sealed import sidecars, world_file
 from runtime.errors import UserError
 
-# Rasters have any ending; these are looked for in folders
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".jp2", ".vrt", ".img"}
 MAX_PLAIN = 2**24  # pixels of an image that is rather decoded whole: 4,096 x 4,096
 _GEO_WORDS = ("<SRS", "<GeoTransform", "<GCPList", 'domain="RPC"', "<GeodataXform")  # of .aux.xml
 
 Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
+DateRows = tuple[Bytes, Bools]
+PairRows = tuple[Bytes, Bytes, Bools]
 
 
 class SceneFault(UserError):
@@ -137,75 +137,72 @@ def _notes(path: Path, stretched: str, remarks: Iterable[str]) -> list[str]:
 
 
 class Scene:
-    """Two dates on one grid.
+    """Two dates on one grid, or a series of more, each compared with the one before.
 
     Attributes:
+        dates: the earliest first.
         grid: of the first date, and so of everything that is written.
-        is_plain: neither date went through GDAL.
+        is_plain: no date went through GDAL.
     """
 
-    def __init__(self, before: PlainImage | Raster, after: PlainImage | Raster) -> None:
-        self.before, self.after = before, after
-        self.grid = before.grid
-        self.is_plain = isinstance(before, PlainImage) and isinstance(after, PlainImage)
-        self._top, self._strip = 0, self._nothing()
+    def __init__(self, *dates: PlainImage | Raster) -> None:
+        self.dates = dates
+        self.grid = dates[0].grid
+        self.is_plain = all(isinstance(date, PlainImage) for date in dates)
 
     @property
     def notes(self) -> list[str]:
         """What the user should know, after a look at the pixels."""
-        dates = self.before, self.after
         with _as_scene_fault():
-            lines = [note for date in dates for note in date.notes]
-        lines += [date.grid.remark for date in dates]
-        bands = [f"bands   {line}" for line in _bands_in_use(*dates)]
+            lines = [note for date in self.dates for note in date.notes]
+        lines += [date.grid.remark for date in self.dates]
+        bands = [f"bands   {line}" for line in _bands_in_use(self.dates)]
         return list(dict.fromkeys(filter(None, bands + lines)))
 
-    def _nothing(self) -> tuple[Bytes, Bytes, Bools]:
-        empty = np.zeros((3, 0, self.grid.width), dtype=np.uint8)
-        return empty, empty, np.zeros((0, self.grid.width), dtype=bool)
+    def read(self, top: int, bottom: int) -> PairRows:
+        """Return rows of the first two dates."""
+        return self.read_pairs(top, bottom)[0]
 
-    def read(self, top: int, bottom: int) -> tuple[Bytes, Bytes, Bools]:
-        """Return rows of both dates (3, n, W), and where both have data (n, W).
+    def read_pairs(self, top: int, bottom: int) -> list[PairRows]:
+        """Return rows of each date and the next: (3, n, W) twice, and where both have data (n, W).
 
-        Rows of the strip that was read last come from memory.
+        A date is read once; where it has the same pixels in two pairs it may be one array.
         """
-        held = len(self._strip[2])
-        if not self._top <= top <= bottom <= self._top + held:
-            with _as_scene_fault():
-                before, valid_before = self.before.read(top, bottom)
-                after, valid_after = self.after.read(top, bottom)
-            valid = valid_before & valid_after
-            if not valid.all():
-                before, after = before * valid, after * valid
-            self._top, self._strip = top, (before, after, valid)
-        first, last = top - self._top, bottom - self._top
-        before, after, valid = self._strip
-        return before[:, first:last], after[:, first:last], valid[first:last]
+        with _as_scene_fault():
+            rows = [date.read(top, bottom) for date in self.dates]
+        return [_paired(before, after) for before, after in pairwise(rows)]
 
 
-def _bands_in_use(before: PlainImage | Raster, after: PlainImage | Raster) -> list[str]:
-    """Return one line for both dates where they are alike."""
-    if before.bands == after.bands:
-        return [before.bands]
-    return [f"{date.path}: {date.bands}" for date in (before, after)]
+def _paired(before: DateRows, after: DateRows) -> PairRows:
+    """Make black in both dates what has no data in one of them."""
+    valid = before[1] & after[1]
+    if valid.all():
+        return before[0], after[0], valid
+    return before[0] * valid, after[0] * valid, valid
+
+
+def _bands_in_use(dates: Sequence[PlainImage | Raster]) -> list[str]:
+    """Return one line for all dates where they are alike."""
+    if len({date.bands for date in dates}) == 1:
+        return [dates[0].bands]
+    return [f"{date.path}: {date.bands}" for date in dates]
 
 
 @contextmanager
 def open_scene(
-    before: Path,
-    after: Path,
-    *,
+    first: Path,
+    *later: Path,
     reading: Reading = AS_STORED,
     align: bool = False,
     allow_vrt: bool = False,
 ) -> Iterator[Scene]:
-    """Open both dates; they stay open until the `with` ends.
+    """Open the dates; they stay open until the `with` ends.
 
     Args:
-        before: the earlier date, whose grid is the scene's.
-        after: the later date.
-        reading: how the bands of both become RGB bytes.
-        align: resample the later date onto the grid of the earlier one, bilinearly.
+        first: the earliest date, whose grid is the scene's.
+        later: the date after it, or several.
+        reading: how the bands of all become RGB bytes.
+        align: resample later dates onto the grid of the first one, bilinearly.
         allow_vrt: open formats that open other files, too.
 
     Raises:
@@ -214,11 +211,11 @@ def open_scene(
     """
     with ExitStack() as stack:
         with _as_scene_fault():
-            first = _open(before, stack, reading, allow_vrt)
-            second = _open(after, stack, reading, allow_vrt)
-            if not first.grid.matches(second.grid):
-                second = _aligned(first, second, stack, align)
-        yield Scene(first, second)
+            dates = [_open(path, stack, reading, allow_vrt) for path in (first, *later)]
+            for number, date in enumerate(dates[1:], 1):
+                if not dates[0].grid.matches(date.grid):
+                    dates[number] = _aligned(dates[0], date, stack, align)
+        yield Scene(*dates)
 
 
 @contextmanager
@@ -342,45 +339,3 @@ def _aligned(
     )
     second.grid = first.grid
     return second
-
-
-@dataclass(frozen=True)
-class ScenePair:
-    """Both dates of a scene, and what its maps are called after."""
-
-    name: str
-    before: Path
-    after: Path
-
-
-def find_scenes(before: Path, after: Path) -> list[ScenePair]:
-    """Return the scene of two files, or those of two folders.
-
-    Raises:
-        UserError: a file that is not there or cannot be opened, one without a partner, or nothing
-            at all.
-    """
-    if before.is_dir() != after.is_dir() and before.exists() and after.exists():
-        raise UserError(f"{before} and {after}: give two files or two folders")
-    if not before.is_dir():
-        return [ScenePair(before.stem, before, after)]
-    first, second = _by_stem(before), _by_stem(after)
-    alone = [first[s] for s in first if s not in second]
-    alone += [second[s] for s in second if s not in first]
-    if alone:
-        names = ", ".join(str(path) for path in sorted(alone)[:5])
-        raise UserError(f"{len(alone)} files have no partner of their stem: {names}")
-    if not first:
-        raise UserError(f"{before}: holds no image ({', '.join(sorted(ENDINGS))})")
-    return [ScenePair(stem, first[stem], second[stem]) for stem in sorted(first)]
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise UserError(f"{folder}: {found[path.stem].name} and {path.name}; keep one")
-        found[path.stem] = path
-    return found

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mapping.files import channels_last
 from mapping.grids import Grid
 from runtime.page import image_uri, write_page
 
@@ -101,9 +102,9 @@ class Report:
 
     def write(self, before: Bytes, after: Bytes, classes: Bytes) -> None:
         """Take rows of both dates (3, n, W), and their classes (n, W), 0 or 255 = none."""
-        self.layers["before"].write(before.transpose(1, 2, 0))
-        self.layers["after"].write(after.transpose(1, 2, 0))
-        self.layers["overlay"].write(np.where(classes == 255, 0, classes).astype(np.uint8))
+        for layer, date in (("before", before), ("after", after)):
+            self.layers[layer].write(channels_last(date))
+        self.layers["overlay"].write(np.where(classes == 255, np.uint8(0), classes))
 
     def finish(
         self,
@@ -140,18 +141,20 @@ class Report:
 
     def _pyramid(self, layer: str, halve: Callable[[Bytes], Bytes]) -> Pyramid:
         def save(level: int, x: int, y: int, tile: Bytes) -> None:
-            pixels = self.colors[tile] if layer == "overlay" else np.ascontiguousarray(tile)
+            tile = np.ascontiguousarray(tile)
             if self.is_inline:
-                self.uris[layer] = image_uri(pixels)
-            elif layer == "overlay" and not tile.any():
+                self.uris[layer] = image_uri(self.colors[tile] if layer == "overlay" else tile)
                 return
-            else:
-                path = self.folder / self._files(layer, level, x, y)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if layer == "overlay":
-                    Image.fromarray(pixels).save(path, compress_level=1)
-                else:
-                    Image.fromarray(pixels).save(path, quality=80)
+            if layer == "overlay" and not tile.any():
+                return
+            path = self.folder / self._files(layer, level, x, y)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(tile)
+            if layer != "overlay":
+                image.save(path, quality=80)
+                return
+            image.putpalette(self.colors[:, :3].tobytes(), "RGB")
+            image.save(path, compress_level=1, transparency=self.colors[:, 3].tobytes())
 
         return Pyramid(self.grid.height, self.grid.width, self.size, halve, save)
 

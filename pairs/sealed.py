@@ -35,7 +35,7 @@ def import_rasterio(path: Path, reason: str) -> Any:
         UserError: it is not installed.
     """
     # GDAL keeps decoded blocks in 5 % of the machine's memory; two strips need far less
-    os.environ.setdefault("GDAL_CACHEMAX", "256")
+    os.environ.setdefault("GDAL_CACHEMAX", "128")
     # it looks for sidecars by name, not by listing a folder of 100,000 files for each of them
     os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")
     try:

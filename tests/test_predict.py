@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import predict
+from mapping import job
+from mapping.job import Job
 from mapping.maps import Kinds
-from mapping.rasters import ScenePair, find_scenes
+from mapping.scenes import ScenePair, Series, find_scenes
 from model import build_model, load_model
 from pairs.images import read_image, read_label
-from predict import Config, Mapped, predict_pair, predict_scene
+from predict import Config, Mapped, job_of, predict_scene
 from runtime.checkpoint import digest_of, save_checkpoint
 from runtime.errors import Interrupted, UserError
 from scoring.record import stored_threshold
@@ -85,10 +88,11 @@ def pair(
     kinds: Kinds = BINARY,
     **options: Any,
 ) -> Mapped:
-    config = Config("", "", "", **{"window": 64, "overlap": 16, **options})
-    mapped = predict_pair(model, kinds, ScenePair("x", before, after), folder, config=config)
+    options = {"window": 64, "overlap": 16, **options}
+    config = Config("", "", "", output_dir=str(folder), **options)
+    mapped = job_of(config, model.eval(), kinds).run([ScenePair("x", before, after)])
     assert mapped is not None
-    return mapped
+    return mapped[0]
 
 
 def test_plain_pair_gives_what_python_gives(
@@ -275,13 +279,13 @@ def test_a_bad_scene_costs_none_of_the_others(
     assert {name[0] for name in made(out)} == {"b", "d"}
 
     mapped: list[str] = []
-    real = predict.predict_pair
+    real = Job.run
 
-    def noted(*args: Any, **options: Any) -> Any:
-        mapped.append(args[2].name)
-        return real(*args, **options)
+    def noted(job: Job, series: Series, *args: Any, **options: Any) -> Any:
+        mapped.append(series[0].name)
+        return real(job, series, *args, **options)
 
-    monkeypatch.setattr(predict, "predict_pair", noted)
+    monkeypatch.setattr(Job, "run", noted)
     save(tmp_path / "B" / "a.png", picture(2))
     save(cut, picture(1))
     (out / "d_mask.png").unlink()  # killed while it was moved into place
@@ -510,12 +514,12 @@ def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None
 def test_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, 300, 64)
     body = (
-        "import os, signal; from mapping import maps\n"
-        "write = maps.GeoTiffMap.write\n"
+        "import os, signal; from mapping import files\n"
+        "write = files.GeoTiffMap.write\n"
         "def write_and_die(self, top, rows):\n"
         "    write(self, top, rows)\n"
         "    if top > 100: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "maps.GeoTiffMap.write = write_and_die\n"
+        "files.GeoTiffMap.write = write_and_die\n"
         f"pair(Path({str(tmp_path / 'out')!r}), Difference(), "
         f"*map(Path, {list(map(str, files))!r}))"
     )
@@ -534,9 +538,10 @@ def test_an_error_or_a_signal_leaves_nothing(
 
     def interrupted(share: float) -> None:
         calls.append(share)
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)  # the main thread hears it
 
-    real = predict.predict_bands
+    real = job.predict_scene_bands
 
     def bands(*args: Any, after_batch: Any, **kwargs: Any) -> Any:
         def both(share: float) -> None:
@@ -545,7 +550,7 @@ def test_an_error_or_a_signal_leaves_nothing(
 
         return real(*args, after_batch=both, **kwargs)
 
-    monkeypatch.setattr(predict, "predict_bands", bands)
+    monkeypatch.setattr(job, "predict_scene_bands", bands)
     with pytest.raises(Interrupted, match="stopped after 0 of 1 scenes") as stop:
         run(checkpoint, *files, tmp_path / "out", batch_size=1)
     assert stop.value.exit_code == 143 and len(calls) == 1

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mapping import maps
-from mapping.maps import Kinds, Overlay, code_probability
+from mapping import files
+from mapping.files import Overlay
+from mapping.maps import Kinds
+from mapping.pipeline import code_probability
 from mapping.rasters import Grid
 
 
@@ -23,7 +25,7 @@ def test_thinned_out_picture_shows_every_change(
     )
     classes[draw.random((height, width)) < 0.05] = 255
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maps, "PREVIEW_SIDE", side)
+        patch.setattr(files, "PREVIEW_SIDE", side)
         overlay = Overlay(Path("x.png"), Grid(height, width), Kinds.of("change", 3, {}).palette)
     top = 0
     while top < height:
@@ -48,8 +50,8 @@ def test_change_is_tinted_and_its_edge_is_its_colour(tmp_path: Path) -> None:
     with Image.open(tmp_path / "x.png") as image:
         shown = np.asarray(image)
     assert (shown[classes == 0] == 100).all()
-    assert (shown[2, 2:7] == maps.SINGLE).all() and (shown[2:7, 6] == maps.SINGLE).all()
-    mixed = np.rint(0.55 * 100 + 0.45 * np.array(maps.SINGLE))
+    assert (shown[2, 2:7] == files.SINGLE).all() and (shown[2:7, 6] == files.SINGLE).all()
+    mixed = np.rint(0.55 * 100 + 0.45 * np.array(files.SINGLE))
     assert (shown[3:6, 3:6] == mixed).all()
 
 

@@ -65,7 +65,7 @@ def test_a_scene_is_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_l
     assert layer["tiles"] == "a%20%231_report_files/overlay/{z}/{x}_{y}.png"
     files = tmp_path / "a #1_report_files"
     with Image.open(files / "overlay" / "0" / "0_0.png") as tile:
-        shown = np.asarray(tile)
+        shown = np.asarray(tile.convert("RGBA"))
     assert shown[3, 4].tolist() == [255, 0, 170, 166] and np.count_nonzero(shown[..., 3]) == 1
     assert not (files / "overlay" / "0" / "1_0.png").exists()  # nothing changed there
     with Image.open(files / "after" / "0" / "2_2.jpg") as tile:

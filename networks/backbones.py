@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.models import VisionTransformer
 from torchvision.ops import StochasticDepth
 
 
@@ -77,17 +78,59 @@ class PlainStages(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Turn (N, 3, H, W), multiples of 32, into the maps at strides 4, 8, 16, 32."""
+        return pyramid([tokens.permute(0, 2, 3, 1) for tokens in self.network(x)])
+
+
+class PlainViT(VisionTransformer):
+    """A plain ViT of torchvision as `PlainStages`, under torchvision's names.
+
+    Its positions are those of one size of image; for others they are interpolated, as DeiT does
+    (arXiv:2012.12877).
+
+    Args:
+        layers: whose outputs become the maps, shallow to deep.
+        sizes: of the network, as of `VisionTransformer`.
+    """
+
+    def __init__(self, layers: Sequence[int], **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.heads = nn.Sequential()
+        self.taps = {layer % len(self.encoder.layers) for layer in layers}
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Turn (N, 3, H, W), multiples of 32, into the maps at strides 4, 8, 16, 32."""
+        patches = self.conv_proj(x)
+        rows, columns = patches.shape[-2:]
+        tokens = torch.cat(
+            [self.class_token.expand(x.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+        )
+        tokens = tokens + self._positions(rows, columns)
         maps = []
-        for tokens in self.network(x):
-            rows = tokens.permute(0, 2, 3, 1)
-            maps.append(F.layer_norm(rows, rows.shape[-1:]).permute(0, 3, 1, 2))
-        fine, middle, same, coarse = maps
-        return [
-            F.interpolate(fine, scale_factor=4, mode="bilinear"),
-            F.interpolate(middle, scale_factor=2, mode="bilinear"),
-            same,
-            F.max_pool2d(coarse, 2),
-        ]
+        for number, layer in enumerate(self.encoder.layers):
+            tokens = layer(tokens)
+            if number in self.taps:
+                maps.append(tokens)
+        maps[-1] = self.encoder.ln(maps[-1])
+        return pyramid([tap[:, 1:].unflatten(1, (rows, columns)) for tap in maps])
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """Return (1, 1 + rows * columns, C) for the class token and the patches."""
+        own = self.image_size // self.patch_size
+        first, grid = self.encoder.pos_embedding.split([1, own**2], dim=1)
+        grid = grid.unflatten(1, (own, own)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic")
+        return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def pyramid(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Turn four (N, h, w, C) at stride 16 into (N, C, ...) at strides 4, 8, 16, 32, normalised."""
+    fine, middle, same, coarse = (F.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2) for x in maps)
+    return [
+        F.interpolate(fine, scale_factor=4, mode="bilinear"),
+        F.interpolate(middle, scale_factor=2, mode="bilinear"),
+        same,
+        F.max_pool2d(coarse, 2),
+    ]
 
 
 class EfficientNetLite0(nn.Module):

@@ -2,7 +2,7 @@
 
     image    (N, 3, H, W)               float in [0, 1], any H and W
     maps     (N, C_s, H/s, W/s)         s = 2, 4, 8, 16, 32 (ResNets, EfficientNet-Lite0),
-                                        4, 8, 16, 32 (Swin, ConvNeXt)
+                                        4, 8, 16, 32 (Swin, ConvNeXt, ViT)
 
 ResNet, arXiv:1512.03385; the others are in `backbones.py`. Everything that timm can cut into
 stages is there as `timm:<name>`, where timm is installed.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from networks.backbones import EfficientNetLite0, PlainStages, Stages, TimmStages
+from networks.backbones import EfficientNetLite0, PlainStages, PlainViT, Stages, TimmStages
 from networks.fused import Snapshot, fast_copy
 from runtime.errors import UserError
 
@@ -156,6 +156,12 @@ def _lite(_: str) -> Encoder:
     return Encoder(EfficientNetLite0(), channels, strides, multiple=32, mean=half, std=half)
 
 
+def _plain(_: str) -> Encoder:
+    base = {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+    network = PlainViT(VIT_LAYERS, image_size=224, **base)
+    return Encoder(network, [768] * 4, (4, 8, 16, 32), multiple=32)
+
+
 def timm_network(name: str, *, features_only: bool = True, **options: Any) -> Any:
     """Build a network of timm that returns its maps, or whole; options as of `timm.create_model`.
 
@@ -214,6 +220,7 @@ ENCODERS: dict[str, Callable[[str], Encoder]] = {
     **dict.fromkeys(("swin_t", "swin_s", "swin_b"), _stages),
     **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), _stages),
     **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), _stages),
+    "vit_b_16": _plain,
 }
 
 

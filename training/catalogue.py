@@ -35,6 +35,7 @@ COSTS = {
         "convnext_tiny": (30.9, 26.4),
         "convnext_small": (52.5, 48.5),
         "convnext_base": (90.8, 83.4),
+        "vit_b_16": (89.3, 96.6),
     },
     "--fusion": {
         "concat": (27.7, 25.1),

@@ -95,7 +95,8 @@ def options_of(variant: str, arguments: argparse.Namespace) -> list[str]:
     if not variant.startswith("recipe"):
         return VARIANTS[variant]
     pictures = make_sample_set(arguments.runs / f"{SYNTHETIC}-set")
-    start = train(arguments, SYNTHETIC, ["--data-dir", str(pictures)], 0)
+    synthetic = argparse.Namespace(**{**vars(arguments), "data_dir": pictures, "epochs": 30})
+    start = train(synthetic, SYNTHETIC, [], 0)
     return [*RECIPE, "--init", str(start / "best.pt"), *VARIANTS[variant]]
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.encoders import ENCODERS, Encoder, build_encoder, check_backbone
-from networks.fusion import FUSIONS, conv_norm_relu
+from networks.fusion import FUSIONS, ConvNormReLU
 from pairs.labels import MAX_CLASSES
 from runtime.checkpoint import read_checkpoint, restore, short
 from runtime.errors import UserError
@@ -55,8 +55,8 @@ class DecoderBlock(nn.Module):
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
         self.convs = nn.Sequential(
-            conv_norm_relu(in_channels + skip_channels, out_channels, kernel_size=3),
-            conv_norm_relu(out_channels, out_channels, kernel_size=3),
+            ConvNormReLU(in_channels + skip_channels, out_channels, kernel_size=3),
+            ConvNormReLU(out_channels, out_channels, kernel_size=3),
         )
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -64,7 +64,8 @@ class DecoderBlock(nn.Module):
         if skip is None:
             return self.convs(F.interpolate(x, scale_factor=2, mode="nearest"))
         x = F.interpolate(x, size=skip.shape[-2:], mode="nearest")
-        return self.convs(torch.cat([x, skip], dim=1))
+        first, second = self.convs
+        return second(first(x, skip))
 
 
 class SiameseUNet(nn.Module):
@@ -138,7 +139,7 @@ class SemanticUNet(SiameseUNet):
     ) -> None:
         super().__init__(encoder, fusion, 1)
         scales = list(zip(encoder.channels, encoder.strides, strict=True))
-        self.projections = nn.ModuleList(conv_norm_relu(c, WIDTHS[s], 1) for c, s in scales)
+        self.projections = nn.ModuleList(ConvNormReLU(c, WIDTHS[s], 1) for c, s in scales)
         self.semantic_decoder, self.semantic_head = _decoder_and_head(encoder, num_classes)
         self.num_classes = num_classes
 

@@ -12,8 +12,8 @@ HEAD = """# Benchmarks
 Written by `python benchmarks/report.py` from [results/](results); do not edit by hand. How to run each: `--help`.
 
 Every ratio, unless another baseline is named, is against [naive.py](naive.py), the same job as a notebook's author writes it: files decoded and resized in
-`__getitem__`, Pillow jitter, no workers, two encoder passes with autograd on, float32, a textbook decoder on the concatenated
-features, scores that leave the device at every step. Variants take turns in one process; a ratio is the median over the rounds of
+`__getitem__`, Pillow jitter, no workers, a frozen encoder's two passes, float32, a textbook decoder on the concatenated
+features, scores that leave the device at every step. smp's U-Net is the stronger baseline: both dates in one pass of six channels. Variants take turns in one process; a ratio is the median over the rounds of
 neighbours in time, quartiles behind it. Rates of a CPU are for reading down a column, not for comparing machines.
 Peers ([peers.py](peers.py)) get bfloat16, channels_last, a fused optimizer and the same loop.
 """

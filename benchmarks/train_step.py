@@ -107,15 +107,6 @@ class Unfolded(Encoder):
         return None
 
 
-class WithAutograd(Encoder):
-    """Frozen, but autograd keeps every map for a gradient to the pixels, which nobody asks for."""
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """See Encoder."""
-        image = ((image - self.mean) / self.std).requires_grad_()
-        return list(self.backbone(image).values())
-
-
 def ours(kind: type[Encoder] | None = None, **options: Any) -> nn.Module:
     model = build_model(**options)
     if kind is not None:
@@ -138,7 +129,6 @@ def variants(arguments: Any, device: torch.device, steps: int) -> dict[str, Call
         "ours": lambda: train(ours(), device, batch, steps),
         "ours, BatchNorm not folded": lambda: train(ours(Unfolded), device, batch, steps),
         "ours, one date after the other": lambda: train(ours(TwoPasses), device, batch, steps),
-        "ours, a gradient to the pixels": lambda: train(ours(WithAutograd), device, batch, steps),
         "ours, the encoder learns": lambda: train(
             ours(freeze_backbone=False), device, batch, steps
         ),

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from networks.backbones import Conv2dDepthwise
+from networks.fusion import ConvNormReLU
 
 # What may follow, as oneDNN calls it: name, numbers, algorithm
 Ending = tuple[str, list[float], str]
@@ -136,8 +137,8 @@ def _twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         twin.get_submodule(name).frozen = True  # type: ignore[assignment]
     for name, module in list(twin.named_modules()):
         is_ours = not any(name.startswith(f"{n}.") for n, _ in encoders)
-        if is_ours and isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
-            twin.set_submodule(name, _fuse(_fold(module)).to(dtype))
+        if is_ours and isinstance(module, ConvNormReLU):
+            twin.set_submodule(name, FusedSum(module).to(dtype))
     return twin
 
 
@@ -276,6 +277,39 @@ class Fused(nn.Module):
             packed = x.shape, pack(self.weight, *self.conv, x.shape)
             self._packed = packed
         return packed[1]
+
+
+class FusedSum(nn.Module):
+    """`ConvNormReLU` of several maps: a convolution of each, added to the one before.
+
+    It is that of the maps' concatenation, which took a tenth of a prediction's time by itself.
+    """
+
+    def __init__(self, block: ConvNormReLU) -> None:
+        super().__init__()
+        parts: Any = block
+        self.whole: nn.Conv2d = fuse_conv_bn_eval(parts[0], parts[1])
+        self.parts: list[Fused] = []
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """Turn maps (B, C_i, h, w) into one (B, D, h, w)."""
+        if not self.parts:
+            self.parts = self._split([x.shape[1] for x in maps])
+        result: Tensor | None = None
+        for part, x in zip(self.parts, maps, strict=True):
+            result = part(x, result)
+        assert result is not None
+        return result
+
+    def _split(self, widths: list[int]) -> list["Fused"]:
+        parts = []
+        for number, weight in enumerate(self.whole.weight.split(widths, dim=1)):
+            layer: nn.Conv2d = copy.deepcopy(self.whole)
+            layer.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), False)
+            layer.bias = None if number else self.whole.bias
+            ending = RELU if number == len(widths) - 1 else NOTHING
+            parts.append(Fused(layer, ending, in_place=True))
+        return parts
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -25,13 +25,19 @@ WINDOWS = {8: 8, 16: 16, 32: 16}
 HEAD_WIDTH = 32  # channels of an attention head
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Return a convolution that keeps the size, BatchNorm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+class ConvNormReLU(nn.Sequential):
+    """A convolution that keeps the size, BatchNorm and ReLU; of several maps, concatenated."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """Turn maps (B, C_i, h, w) into one (B, D, h, w)."""
+        return super().forward(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0])
 
 
 class ConcatFusion(nn.Module):
@@ -43,12 +49,12 @@ class ConcatFusion(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = conv_norm_relu(2 * in_channels, out_channels, kernel_size=1)
+        self.mix = ConvNormReLU(2 * in_channels, out_channels, kernel_size=1)
         _start_as_difference(self.mix, in_channels)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Fuse two (B, C, h, w) maps into (B, D, h, w)."""
-        return self.mix(torch.cat([before, after], dim=1))
+        return self.mix(before, after)
 
 
 class DiffFusion(nn.Module):
@@ -56,7 +62,7 @@ class DiffFusion(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = conv_norm_relu(in_channels, out_channels, kernel_size=1)
+        self.mix = ConvNormReLU(in_channels, out_channels, kernel_size=1)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Fuse two (B, C, h, w) maps into (B, D, h, w)."""
@@ -68,12 +74,12 @@ class ConcatDiffFusion(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = conv_norm_relu(3 * in_channels, out_channels, kernel_size=1)
+        self.mix = ConvNormReLU(3 * in_channels, out_channels, kernel_size=1)
         _start_as_difference(self.mix, in_channels)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Fuse two (B, C, h, w) maps into (B, D, h, w)."""
-        return self.mix(torch.cat([before, after, (before - after).abs()], dim=1))
+        return self.mix(before, after, (before - after).abs())
 
 
 class CrossAttention(nn.Module):

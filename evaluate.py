@@ -8,6 +8,11 @@ the MLflow run of the training; report.html there opens in any browser. Started 
 processes share the images.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modules are imported
+    import _signal  # type: ignore[import-not-found] # of `signal`: no file has to be read
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import contextlib
 import sys
 from collections.abc import Sequence

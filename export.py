@@ -12,6 +12,11 @@ out, said, and noted in the ONNX file. PyTorch's is loaded with
 like the traced one alone.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modules are imported
+    import _signal  # type: ignore[import-not-found] # of `signal`: no file has to be read
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,6 +5,11 @@ trains on that. A run lives in runs/<name>/ and can be resumed: `python main.py 
 processes share each batch: `torchrun --standalone --nproc-per-node 2 main.py`.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modules are imported
+    import _signal  # type: ignore[import-not-found] # of `signal`: no file has to be read
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import sys
 import time
 from contextlib import ExitStack, closing

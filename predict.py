@@ -6,6 +6,11 @@ picture of both over the later date; for GeoTIFFs on the same grid, with polygon
 polygons.py say what is in them). Started by torchrun, several processes share the work.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modules are imported
+    import _signal  # type: ignore[import-not-found] # of `signal`: no file has to be read
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import shlex
 import sys
 from collections.abc import Mapping, Sequence

@@ -136,6 +136,24 @@ def test_ctrl_c_while_main_imports_torch(tmp_path: Path) -> None:
     interrupted_while(script, tmp_path)
 
 
+@pytest.mark.fault("R33")
+@pytest.mark.parametrize("script", ["main", "evaluate", "predict", "export"])
+def test_ctrl_c_at_the_first_import_is_silent(script: str) -> None:
+    program = f"""
+import os, signal, sys
+class First:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("runtime", "pairs"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.argv, sys.meta_path = ["x"], [First(), *sys.meta_path]
+with open({str(ROOT / script) + ".py"!r}) as file:
+    exec(compile(file.read(), "x", "exec"), {{"__name__": "__main__", "__doc__": ""}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mapping import rasters as raster
+from mapping.grids import place
 from mapping.rasters import open_scene
 from pairs.bands import Reading
 from runtime.errors import UserError
@@ -16,7 +18,7 @@ from runtime.errors import UserError
 rasterio = pytest.importorskip("rasterio")
 from geo_helpers import UTM, write_tif  # noqa: E402
 from rasterio.enums import ColorInterp  # noqa: E402
-from rasterio.transform import from_origin  # noqa: E402
+from rasterio.transform import Affine, from_origin  # noqa: E402
 
 
 def bands_of(seed: int, height: int = 40, width: int = 50, count: int = 3) -> np.ndarray:
@@ -124,6 +126,35 @@ def test_align_puts_the_later_date_on_the_grid_of_the_earlier(tmp_path: Path) ->
         before, after, valid = scene.read(0, 40)
     assert valid[:, 20:].all() and not valid[:, :20].any()
     assert not before[:, :, :20].any() and not after[:, :, :20].any()
+
+
+@pytest.mark.fault("U2")
+@pytest.mark.parametrize("is_rotated", [True, False])
+def test_align_onto_a_rotated_grid_and_back_shifts_nothing(
+    tmp_path: Path, is_rotated: bool
+) -> None:
+    """Values that are linear in the place tell a shift of a hundredth of a pixel."""
+    middle = Affine.translation(5e5, 5.2e6)
+    turned = middle @ Affine.rotation(37) @ Affine.scale(0.5, -0.6)
+    upright = from_origin(5e5 - 20, 5.2e6 + 130, 0.5, 0.5)
+
+    def values(transform: Any, height: int, width: int) -> np.ndarray:
+        x, y = place(transform, *np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5))
+        x, y = (x - 5e5 - 50) / 2, (y - 5.2e6 - 20) / 2
+        return (128 + np.stack([x, y, 0.6 * (x + y)])).clip(0, 255)
+
+    grids = [(turned, 320, 320), (upright, 700, 700)]
+    grids = grids if is_rotated else grids[::-1]
+    files = [
+        write_tif(tmp_path / f"{i}.tif", np.rint(values(*grid)).astype(np.uint8), transform=grid[0])
+        for i, grid in enumerate(grids)
+    ]
+    with open_scene(*files, align=True) as scene:
+        _, after, valid = scene.read(0, grids[0][1])
+    expected = values(*grids[0])
+    inside = valid & ((expected > 2) & (expected < 253)).all(0)
+    gap = (after - expected)[:, inside]
+    assert inside.sum() > 10_000 and np.abs(gap).max() < 1.5 and np.abs(gap.mean(1)).max() < 0.01
 
 
 @pytest.mark.fault("U2")

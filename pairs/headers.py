@@ -46,6 +46,7 @@ _COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32946, 32773}
 _JPEG = 7
 _PAGE, _REDUCED, _MASK = 0, 1, 4  # bits of the subfile type
 _MAX_PAGES = 1000
+_CHANGED = "a no data value among values that Pillow changes"
 MASK, NOTES = ".msk", ".aux.xml"  # GDAL's files beside an image that say what has no data
 _MAX_NOTES = 2**24  # bytes of the notes that are looked at
 
@@ -138,10 +139,12 @@ def _noted(header: Header, notes: Path) -> Header:
         text = file.read(_MAX_NOTES)
     found = [_number(value) for value in re.findall(rb"<NoDataValue[^>]*>([^<]*)<", text)]
     if len(set(map(str, found))) > 1:
-        return replace(header, odd=header.odd or f"a no data value for each band ({notes.name})")
+        return replace(header, odd=header.odd or f"no data values for each band ({notes.name})")
     # one that not all bands have leaves data everywhere
-    is_of_all = bool(found) and (header.kind == OTHER or len(found) == header.bands)
-    return replace(header, nodata=found[0]) if is_of_all else header
+    if not found or (header.kind != OTHER and len(found) != header.bands):
+        return header
+    changed = header.is_white_zero or header.bits < 8
+    return replace(header, nodata=found[0], odd=header.odd or (_CHANGED if changed else ""))
 
 
 def png_may_turn(file: BinaryIO) -> bool:
@@ -240,7 +243,7 @@ def _oddity(header: Header, tags: Mapping[int, Any], pages: list[int]) -> str:
     if not header.is_byte and header.bits not in (16, 32):
         return f"{header.bits}-bit pixels"
     if header.nodata is not None and (header.is_white_zero or header.bits < 8):
-        return "a no data value among values that Pillow changes"
+        return _CHANGED
     return _why_odd(header, tags, pages)
 
 

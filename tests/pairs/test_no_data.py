@@ -179,3 +179,21 @@ def test_no_data_values_that_differ_need_rasterio_and_one_alone_leaves_data(tmp_
     assert not found[3, 5]
     beside.write_text(f"<PAMDataset>{band.format(1, 7)}</PAMDataset>")
     assert read_pixels(path).valid is None
+
+
+@pytest.mark.fault("U9")
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_no_data_among_few_bits_is_told_by_the_stored_value(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    from pairs.images import read_pixels
+
+    top = 2**bits - 1
+    stored = (picture(2, SIDE, SIDE)[..., 0] >> (8 - bits)).astype(np.uint8)
+    image = Image.fromarray(stored)
+    image.putpalette([value for grey in range(top + 1) for value in 3 * [255 * grey // top]])
+    image.save(tmp_path / "x.png", bits=bits)
+    beside = '<PAMRasterBand band="1"><NoDataValue>1</NoDataValue></PAMRasterBand>'
+    (tmp_path / "x.png.aux.xml").write_text(f"<PAMDataset>{beside}</PAMDataset>")
+    found = read_pixels(tmp_path / "x.png").valid
+    assert found is not None
+    assert np.array_equal(found, stored != 1)

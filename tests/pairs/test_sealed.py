@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mapping.rasters import open_scene
+from pairs.bands import Reading
+from pairs.images import read_pixels
 from pairs.sealed import open_sealed
 from runtime.errors import UserError
 
@@ -148,3 +151,17 @@ def test_formats_that_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.tif").write_text("x")
     with pytest.raises(UserError, match="none of GTiff, PNG"):
         opened(tmp_path / "x.tif")
+
+
+@pytest.mark.fault("U6")
+@pytest.mark.parametrize("reading", [Reading(bands=(1, 2, 3)), Reading(alpha=1, bands=(2, 3, 3))])
+def test_another_alpha_opens_no_other_file(reading: Reading, tmp_path: Path) -> None:
+    """GDAL takes a name that holds <VRTDataset for a VRT, and the name may be a stranger's."""
+    plain = tif(tmp_path / "x.tif", photometric="rgb")
+    assert read_pixels(plain, reading).rgb.shape == (64, 64, 3)
+    stranger = plain.rename(tmp_path / 'x<VRTDataset rasterXSize="8" rasterYSize="8">.tif')
+    four = np.full((4, 64, 64), 7, np.uint8)
+    write_tif(stranger, four)  # the fourth band counts as alpha, so GDAL is shown another view
+    with pytest.raises(UserError, match="rename it without '<'"):  # noqa: SIM117
+        with open_scene(stranger, stranger, reading=reading):
+            pass

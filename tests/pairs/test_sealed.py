@@ -159,9 +159,9 @@ def test_another_alpha_opens_no_other_file(reading: Reading, tmp_path: Path) -> 
     """GDAL takes a name that holds <VRTDataset for a VRT, and the name may be a stranger's."""
     plain = tif(tmp_path / "x.tif", photometric="rgb")
     assert read_pixels(plain, reading).rgb.shape == (64, 64, 3)
-    stranger = plain.rename(tmp_path / 'x<VRTDataset rasterXSize="8" rasterYSize="8">.tif')
-    four = np.full((4, 64, 64), 7, np.uint8)
-    write_tif(stranger, four)  # the fourth band counts as alpha, so GDAL is shown another view
+    # the fourth band counts as alpha, so GDAL is shown another view
+    four = write_tif(tmp_path / "y.tif", np.full((4, 64, 64), 7, np.uint8))
+    stranger = four.rename(tmp_path / 'x<VRTDataset rasterXSize="8" rasterYSize="8">.tif')
     with pytest.raises(UserError, match="rename it without '<'"):  # noqa: SIM117
         with open_scene(stranger, stranger, reading=reading):
             pass

@@ -15,7 +15,9 @@ from measure import Work
 from naive import NaiveUNet
 from peers import PEERS
 from torch import Tensor, nn
-from train_step import batch_of
+from torch.utils.flop_counter import FlopCounterMode
+from train_step import Unfolded, batch_of
+from train_step import ours as ours_of
 
 from model import SiameseUNet, build_model
 from networks.fused import prediction_copy
@@ -40,6 +42,15 @@ def predicting(
         return float(steps * len(before))
 
     return work
+
+
+def flops_per_pair(size: int, device: torch.device) -> float:
+    """Count what a pair takes, by the encoder as it is: the counter does not know the fused one."""
+    before, after, _ = batch_of(1, size, device)
+    model = ours_of(Unfolded).to(device).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(before.to(device), after.to(device))
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -91,7 +102,13 @@ def main() -> None:
             f"batch {num_pairs:4}  {size:5} x {size:<5} {row['rate']:9.2f} pairs/s"
             f"  {row['rate'] * size**2 / 1e6:8.2f} Mpixel/s"
         )
-    measure.save("predict", {"variants": table, "growth": growth}, arguments)
+    limits, flops = measure.ceilings(device), flops_per_pair(arguments.size, device)
+    share = {
+        name: table[key]["rate"] * flops / limits[name]
+        for name, key in (("fp32", "ours, float32"), ("bf16", "ours"))
+    }
+    about = {"ceiling_flops": limits, "flops_per_pair": flops, "share_of_ceiling": share}
+    measure.save("predict", {"variants": table, **about, "growth": growth}, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write README.md from results/*.json: `python benchmarks/report.py`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def variants(rows: Mapping[str, Mapping[str, float]]) -> str:
+    strong = next((row["ratio"] for name, row in rows.items() if name.startswith("smp")), None)
     return table(
-        ("", "pairs/s", "ratio", "quartiles", "peak memory, GB", "of naive's"),
+        ("", "pairs/s", "ratio", "quartiles", "to smp's", "peak memory, GB", "of naive's"),
         (
             (
                 name,
                 f"{row['rate']:.2f}" if row["rate"] < 100 else f"{row['rate']:.0f}",
                 f"**{row['ratio']:.2f}**",
                 f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+                f"{row['ratio'] / strong:.2f}" if strong else "",
                 f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "",
                 f"{row['peak_bytes'] / rows['naive']['peak_bytes']:.2f}"
                 if "peak_bytes" in row
@@ -70,7 +72,7 @@ def setting(result: Mapping[str, Any]) -> str:
     )
 
 
-def train_step(result: Mapping[str, Any], name: str) -> str:
+def train_step(result: Mapping[str, Any]) -> str:
     parts = []
     if "variants" in result:
         parts += [variants(result["variants"])]
@@ -85,10 +87,11 @@ def train_step(result: Mapping[str, Any], name: str) -> str:
         parts += ["How it grows:\n", growth(result["growth"])]
     if "profile_ms" in result:
         waits = result["waits_for_device_per_step"]
+        device = "cuda" if "gpu" in result["hardware"] else "cpu"
         if "gpu" in result["hardware"]:
             counts = ", ".join(f"{name} {count}" for name, count in waits.items())
             parts += [f"Times per step that the host waits for the GPU: {counts}.\n"]
-        parts += [f"![time per operator, naive and ours](results/{name}.png)\n"]
+        parts += [f"![time per operator, naive and ours](results/train_step-{device}.png)\n"]
     return "\n".join(parts)
 
 
@@ -100,11 +103,26 @@ def loader(result: Mapping[str, Any]) -> str:
         ("batches of 8", "pairs/s"),
         ((name, f"{row['rate']:.0f}") for name, row in result["batches_of_8"].items()),
     )
-    return "\n".join((text, variants(result["one_core"]), batches))
+    parts = [text, variants(result["one_core"]), batches]
+    if "start" in result:
+        start, proof = result["start"], result["proof"]
+        parts += [
+            f"A start with {start['pairs']:,} pairs takes {start['first_s']:.1f} s of a core, again {start['second_s']:.1f} s. To sum up "
+            f"every pair at its first use takes {proof['time_of_30_epochs']:.3f} of the loader's time in 30 epochs.\n"
+        ]
+    return "\n".join((*parts, f"{result['note']}.\n" if result.get("note") else ""))
 
 
 def predict(result: Mapping[str, Any]) -> str:
-    return "\n".join((variants(result["variants"]), "How it grows:\n", growth(result["growth"])))
+    parts = [variants(result["variants"])]
+    if "share_of_ceiling" in result:
+        share, limit = result["share_of_ceiling"], result["ceiling_flops"]
+        parts += [
+            f"A pair takes {result['flops_per_pair'] / 1e9:.1f} GFLOP (counted); ours uses {share['fp32']:.0%} of the "
+            f"{limit['fp32'] / 1e9:.0f} GFLOP/s that convolutions or products reach here in float32, and {share['bf16']:.0%} of the "
+            f"{limit['bf16'] / 1e9:.0f} in bfloat16 (measured in the same run).\n"
+        ]
+    return "\n".join((*parts, "How it grows:\n", growth(result["growth"])))
 
 
 def scene(result: Mapping[str, Any]) -> str:
@@ -123,21 +141,24 @@ def scene(result: Mapping[str, Any]) -> str:
     return text + table(head, rows)
 
 
-def ranks(result: Mapping[str, Any]) -> str:
-    def rates(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
-        return table(
-            ("", unit, "ratio", "quartiles"),
+def rates(rows: Mapping[str, Mapping[str, float]], unit: str, **more: str) -> str:
+    """Return rates and ratios; `more` names further columns: key="title"."""
+    return table(
+        ("", unit, "ratio", "quartiles", *more.values()),
+        (
             (
-                (
-                    name,
-                    f"{row['rate']:.2f}",
-                    f"**{row['ratio']:.2f}**",
-                    f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
-                )
-                for name, row in rows.items()
-            ),
-        )
+                name,
+                f"{row['rate']:.2f}",
+                f"**{row['ratio']:.2f}**",
+                f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+                *(f"{row[key]:.2f}" for key in more),
+            )
+            for name, row in rows.items()
+        ),
+    )
 
+
+def ranks(result: Mapping[str, Any]) -> str:
     side, cores = result["side"], result["hardware"]["cores"]
     return "\n".join(
         (
@@ -149,6 +170,74 @@ def ranks(result: Mapping[str, Any]) -> str:
             rates(result["scene"], "megapixels/s"),
         )
     )
+
+
+def threads(result: Mapping[str, Any]) -> str:
+    parts = [f"A training step of a small network, several times in turn; {result['note']}.\n"]
+    for state, text in (("idle", "Alone"), ("busy", "Beside one busy process a core")):
+        more = {"cpu_seconds_per_step": "CPU seconds a step"}
+        parts += [f"{text}:\n", rates(result[state], "steps/s", **more)]
+    return "\n".join(parts)
+
+
+def extensions(result: Mapping[str, Any]) -> str:
+    def told(score: Mapping[str, float]) -> str:
+        return f"{score['mean']:.3f} +/- {score['std']:.3f}"
+
+    shifts = list(result["variants"][0].get("shifted_change_iou", {}))
+    rows = (
+        (
+            f"{row['backbone']}, {row['fusion']}",
+            told(row["change_iou"]),
+            told(row["mean_dice"]),
+            *(f"{row['shifted_change_iou'][shift]['mean']:.3f}" for shift in shifts),
+        )
+        for row in result["variants"]
+    )
+    columns = (
+        "",
+        "change IoU",
+        "two-class mean Dice",
+        *(f"IoU, shifted by {n} px" for n in shifts),
+    )
+    text = f"Runs on the sample set, {result['seeds']} seeds, scored on {result['split']}: mean and standard deviation.\n\n"
+    return text + table(columns, rows)
+
+
+def gpu_steps(result: Mapping[str, Any]) -> str:
+    rows = (
+        (
+            row["encoder"],
+            row["mode"] or "no",
+            f"{row['batch']}",
+            f"{row['rate']:.0f}" if "rate" in row else row.get("fault", ""),
+            f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "",
+            f"{row['share_of_bf16']:.0%}" if "share_of_bf16" in row else "",
+        )
+        for row in result["rows"]
+    )
+    columns = (
+        "encoder",
+        "compiled",
+        "batch",
+        "pairs/s",
+        "peak memory, GB",
+        "of the bfloat16 ceiling",
+    )
+    return table(columns, rows)
+
+
+def gpu_peers(result: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"Batch {batch}:\n\n{variants(rows)}" for batch, rows in result["batches"].items()
+    )
+
+
+def as_it_is(result: Mapping[str, Any]) -> str:
+    """Return the figures of a part whose form nobody has needed in a table yet."""
+    known = ("command", "commit", "changed_files", "versions", "hardware")
+    found = {key: value for key, value in result.items() if key not in known}
+    return f"```json\n{json.dumps(found, indent=1)}\n```\n"
 
 
 def real(result: Mapping[str, Any]) -> str:
@@ -172,40 +261,48 @@ def real(result: Mapping[str, Any]) -> str:
     return text + table(("", "seeds", "change IoU", "change F1", "two-class mean Dice"), rows)
 
 
-SECTIONS = {
-    "train_step": "Training step",
-    "train_step_keep_memory": "Training step, allocator that keeps freed memory",
-    "loader": "Loader",
-    "predict": "Prediction",
-    "scene": "Scenes",
-    "scene_without_network": "Scenes, without a network",
-    "ranks": "Several processes",
-    "real": "Real pairs",
+# the start of a file's name: title, and what draws it
+SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "train_step": ("Training step", train_step),
+    "train_step_keep_memory": ("Training step, allocator that keeps freed memory", train_step),
+    "loader": ("Loader", loader),
+    "loader_shared_machine": ("Loader, on a shared machine", loader),
+    "predict": ("Prediction", predict),
+    "scene": ("Scenes", scene),
+    "scene_without_network": ("Scenes, without a network", scene),
+    "threads": ("Threads that wait", threads),
+    "ranks": ("Several processes", ranks),
+    "extensions": ("Encoders and fusions", extensions),
+    "real": ("Real pairs", real),
+    "gpu_tests": ("GPU, tests", as_it_is),
+    "gpu_step": ("GPU, training step", gpu_steps),
+    "gpu_compile": ("GPU, training step compiled", gpu_steps),
+    "gpu_peers": ("GPU, other people's models", gpu_peers),
+    "gpu_run": ("GPU, a whole run", as_it_is),
+    "gpu_scene": ("GPU, a scene", as_it_is),
+    "gpu_trace": ("GPU, what a step launches", as_it_is),
 }
+OTHERS = ("recipes",)  # files that another page shows
 
 
-DRAWN_BY = {
-    "loader": loader,
-    "predict": predict,
-    "scene": scene,
-    "scene_without_network": scene,
-    "ranks": ranks,
-    "real": real,
-}
+def report(results: Path) -> tuple[str, list[Path]]:
+    """Return the page, and the files that no section shows."""
+    text, shown = HEAD, set()
+    for kind, (title, draw) in SECTIONS.items():
+        for path in sorted(results.glob(f"{kind}-*.json")):
+            result = json.loads(path.read_text())
+            device = path.stem.removeprefix(f"{kind}-")
+            text += f"\n## {title}, {device}\n\n{setting(result)}\n{draw(result)}"
+            shown.add(path)
+    others = sorted(set(results.glob("*.json")) - shown)
+    return text, [path for path in others if not path.stem.startswith(OTHERS)]
 
 
 def main() -> None:
-    text = HEAD
-    for kind, title in SECTIONS.items():
-        for path in sorted((HERE / "results").glob(f"{kind}-*.json")):
-            result = json.loads(path.read_text())
-            device = path.stem.removeprefix(f"{kind}-")
-            text += f"\n## {title}, {device}\n\n{setting(result)}\n"
-            if kind.startswith("train_step"):
-                text += train_step(result, path.stem)
-            else:
-                text += DRAWN_BY[kind](result)
+    text, others = report(HERE / "results")
     (HERE / "README.md").write_text(text)
+    for path in others:
+        print(f"{path}: no section shows it")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ from main import Config
 from metrics import Confusion
 from model import load_model
 from networks.weights import read_state_dict
-from pairs import download
+from pairs import fetch as fetching
 from pairs.check import check
-from pairs.download import fetch, unpack
+from pairs.download import unpack
+from pairs.fetch import fetch
 from pairs.images import read_image, read_label, read_size
 from pairs.labels import Classes, MaskCoding, choose_classes, choose_mask_coding
 from pairs.layouts import find_pairs
@@ -620,8 +621,8 @@ def answering(answer: Callable[[], bytes]) -> Iterator[str]:
 @times
 @pytest.mark.fault("C8")
 def test_servers(times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "PAUSE", 0)
-    monkeypatch.setattr(download, "TIMEOUT", 5)
+    monkeypatch.setattr(fetching, "PAUSE", 0)
+    monkeypatch.setattr(fetching, "TIMEOUT", 5)
     body = b"PK" + bytes(500)
     good = b"HTTP/1.1 200 OK\r\nContent-Length: 502\r\nContent-Type: application/zip\r\n\r\n" + body
     part = (

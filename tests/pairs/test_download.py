@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from data_helpers import save_tree
 
-from pairs import download
-from pairs.download import LEVIR_CD, Archive, fetch, fetch_dataset, unpack
+from pairs import fetch as fetching
+from pairs.download import LEVIR_CD, Archive, fetch_dataset, unpack
+from pairs.fetch import fetch
 from pairs.layouts import find_pairs
 from runtime.errors import UserError
 
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr(fetching, "PAUSE", 0)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with Server(("127.0.0.1", 0), Handler) as server:
@@ -220,7 +221,7 @@ def test_https_never_becomes_http() -> None:
 
     request = urllib.request.Request("https://host/x")
     with pytest.raises(ValueError, match="from https to http://host/x"):
-        download._SafeRedirects().redirect_request(
+        fetching._SafeRedirects().redirect_request(
             request, io.BytesIO(), 302, "", {}, "http://host/x"
         )
 
@@ -234,13 +235,13 @@ def test_http_errors_pass_or_do_not(server: Server, tmp_path: Path) -> None:
     refused(server, tmp_path, "HTTP 404")
     server.status = [500] * 99
     refused(server, tmp_path, "HTTP 500")
-    assert len(server.status) == 99 - download.ATTEMPTS
+    assert len(server.status) == 99 - fetching.ATTEMPTS
 
 
 @pytest.mark.fault("C8")
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.zip", "file:///etc/passwd", "no address"])
 def test_no_server_is_one_line(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr(fetching, "PAUSE", 0)
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(url, tmp_path / "x.zip", "0" * 32)
     assert os.listdir(tmp_path) == []
@@ -250,13 +251,13 @@ def test_no_server_is_one_line(url: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_room_is_looked_for_before_a_byte_is_written(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = download.SPARE_BYTES + 2 * len(CONTENT) - 1
-    usage = download.shutil._ntuple_diskusage(10**12, 0, free)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    free = fetching.SPARE_BYTES + 2 * len(CONTENT) - 1
+    usage = fetching.shutil._ntuple_diskusage(10**12, 0, free)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
     refused(server, tmp_path, r"x\.zip takes 0\.0 GB with what it holds.*make room")
     assert os.listdir(tmp_path) == []
     server.is_chunked = True  # its size is not known before
-    usage = download.shutil._ntuple_diskusage(10**12, 0, download.SPARE_BYTES + 1000)
+    usage = fetching.shutil._ntuple_diskusage(10**12, 0, fetching.SPARE_BYTES + 1000)
     refused(server, tmp_path, "more than the disk has room for")
 
 

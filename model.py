@@ -107,7 +107,7 @@ class SiameseUNet(nn.Module):
         """Turn dates (N, 3, H, W), uint8 or float in [0, 1], into one map per stride."""
         image = image.contiguous(memory_format=torch.channels_last)
         if image.dtype == torch.uint8:
-            image = image.float() / 255
+            image = image.float().div_(255)
         return self.encoder(image)
 
     def compare(self, before: list[Tensor], after: list[Tensor]) -> Tensor:

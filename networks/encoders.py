@@ -90,7 +90,7 @@ class Encoder(nn.Module):
 
         H/s and W/s are rounded up, and where there is a `multiple`, those of the padded image.
         """
-        image = (image - self.mean) / self.std
+        image = self._normalized(image)
         if self.multiple > 1:
             height, width = image.shape[-2:]
             # as exporters need it: from a remainder they don't see that the sum divides by
@@ -108,6 +108,19 @@ class Encoder(nn.Module):
             dtype = torch.get_autocast_dtype(device) if is_autocast else image.dtype
             fast = self._fast_copy(image, dtype)
             return _as_list(self.backbone(image) if fast is None else fast(image))
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        """Return (image - mean) / std; on a CPU by rows of pixels, in a tenth of the time.
+
+        There PyTorch would take three numbers at a time, those of a pixel.
+        """
+        by_rows = image.is_cpu and image.is_contiguous(memory_format=torch.channels_last)
+        if not by_rows or torch.compiler.is_compiling():
+            return (image - self.mean) / self.std
+        height, width = image.shape[-2:]
+        mean, std = (x.flatten().repeat(width) for x in (self.mean, self.std))
+        rows = image.movedim(1, -1).flatten(2)  # (N, H, 3 W)
+        return (rows - mean).div_(std).view(-1, height, width, 3).movedim(-1, 1)
 
     def _fast_copy(self, image: Tensor, dtype: torch.dtype) -> nn.Module | None:
         """Return the fast copy for such images, made anew if need be, or None."""

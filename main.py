@@ -157,9 +157,9 @@ from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.devices import (
     Precision,
     explain_out_of_memory,
+    keep_freed_memory,
     pick_device,
     pick_precision,
-    tune,
 )
 from runtime.distributed import (
     from_rank_0,
@@ -200,7 +200,7 @@ def train(given: dict[str, Any]) -> dict[str, float]:
         run = open_run(Config, given, ROOT / "runs", stack, check_options)
         device = pick_device(run.config.device, local_rank())
         amp = pick_precision(run.config.amp, device)
-        tune(device)
+        keep_freed_memory()
         data = open_splits(run, given, device)
         learner = build(run.config, run.state, device, amp, data)
         run.start(learner, data)

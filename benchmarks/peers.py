@@ -2,7 +2,8 @@
 
 They get bfloat16, channels_last, a fused optimizer and the engine's loop as ours does. Their
 encoders learn, ours is frozen: that is part of the point, and "ours, the encoder learns" is timed
-beside them.
+beside them. smp's U-Net, the stronger baseline, is there where it is installed:
+pip install segmentation-models-pytorch.
 """
 
 import itertools

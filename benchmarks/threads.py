@@ -65,7 +65,7 @@ class Learner:
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=4, help="in a turn (default: 4)")
+    parser.add_argument("--steps", type=int, default=1, help="in a turn (default: 1)")
     parser.add_argument("--learn", type=int, help="be one of the processes")
     arguments = parser.parse_args()
     if arguments.learn:

@@ -131,18 +131,6 @@ def explain_out_of_memory(used: str, remedy: str) -> Iterator[None]:
         raise UserError(f"out of memory with {used}; try {remedy}") from None
 
 
-def tune(device: torch.device) -> None:
-    """Prepare for training, where every batch has the same size: let cuDNN choose by measuring.
-
-    Products of float32 matrices go through TF32, as convolutions do by default. A CPU keeps memory,
-    see `keep_freed_memory`.
-    """
-    keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-
-
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks for the next step instead of returning them.
 

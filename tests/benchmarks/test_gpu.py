@@ -10,10 +10,13 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
 
-SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("peers", "run", "scene", "compile")]
+SLOW = [
+    pytest.param(part, marks=pytest.mark.slow)
+    for part in ("step", "peers", "run", "scene", "compile")
+]
 
 
-@pytest.mark.parametrize("parts", ["step", "trace", *SLOW])
+@pytest.mark.parametrize("parts", ["trace", *SLOW])
 def test_each_part_writes_its_figures(parts: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--device", "cpu", "--tiny"]
     done = subprocess.run([*command, "--only", parts], capture_output=True, text=True)

@@ -136,9 +136,16 @@ def scene(result: Mapping[str, Any]) -> str:
         )
         for row in result["growth"]
     )
-    text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {result['model']}, windows of 512, overlap 128:\n\n"
+    text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {result['model']}, {result.get('windows', 'windows of 512, overlap 128')}:\n\n"
     head = ("pixels", "seconds", "megapixels/s", "peak memory, GB", "polygons")
-    return text + table(head, rows)
+    text += table(head, rows)
+    if turns := result.get("against_network"):
+        text += (
+            f"\nIn turn with the network alone, {turns['side']:,} x {turns['side']:,}: {turns['share']:.0%} of its "
+            f"rate; CPU seconds a megapixel: {turns['network_cpu']:.2f} of the network, {turns['other_cpu']:.2f} of "
+            "all else.\n"
+        )
+    return text
 
 
 def rates(rows: Mapping[str, Mapping[str, float]], unit: str, **more: str) -> str:

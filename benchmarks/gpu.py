@@ -19,10 +19,13 @@ each figure, so that a part that was cut off keeps what was done.
 """
 
 import argparse
+import collections
 import csv
 import gzip
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +54,7 @@ TILE = 512
 def parts() -> dict[str, tuple[Callable[[argparse.Namespace], None], int]]:
     """Return what there is to do, and the most seconds that each part may take."""
     return {
-        "tests": (tests, 120),
+        "tests": (tests, 150),
         "step": (step, 110),
         "peers": (peers, 90),
         "run": (run, 150),
@@ -62,13 +65,24 @@ def parts() -> dict[str, tuple[Callable[[argparse.Namespace], None], int]]:
 
 
 def tests(arguments: argparse.Namespace) -> None:
-    """Run the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-q", "tests/test_cuda.py"]
+    """Run the tests that need a GPU, and keep each line that pytest prints."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-v", "tests/test_cuda.py"]
     command += ["-k", "full"] if arguments.tiny else []
-    done = in_repository(command)
-    lines = (done.stdout + done.stderr).splitlines()
-    print("\n".join(lines[-60:]))
-    save(arguments, {"exit_code": done.returncode, "output": lines[-60:]})
+    lines: list[str] = []
+    with subprocess.Popen(
+        command,
+        cwd=measure.HERE.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            print(lines[-1], flush=True)
+            if "::" in line:
+                save(arguments, {"exit_code": None, "output": lines[-80:]})
+    save(arguments, {"exit_code": process.returncode, "output": lines[-80:]})
 
 
 def step(arguments: argparse.Namespace) -> None:
@@ -104,7 +118,6 @@ def add_step(
     device, size = torch.device(arguments.device), 64 if arguments.tiny else 256
     encoder = "learns" if learns else "frozen"
     row: dict[str, Any] = {"batch": pairs, "size": size, "encoder": encoder, "mode": mode}
-    began = time.perf_counter()
     with explained(row):
         options: dict[str, Any] = {"backbone": backbone(arguments), "freeze_backbone": not learns}
         model = ours(**options)
@@ -122,7 +135,6 @@ def add_step(
         row["flops_per_pair"] = flops_per_pair(2, size, device, **options)
         if limit := found["ceiling_flops"].get("bf16"):
             row["share_of_bf16"] = row["rate"] * row["flops_per_pair"] / limit
-    row["seconds"] = time.perf_counter() - began
     found["rows"].append(row)
     print(
         {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
@@ -164,9 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
     found: dict[str, Any] = {"pairs": counts, "side": side, "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
-        began = time.perf_counter()
         write_data(data, counts, side)
-        found["seconds_to_write_the_data"] = time.perf_counter() - began
         for batch in (2,) if arguments.tiny else (64, 8, 256):
             row = {"batch": batch, **one_run(arguments, data, batch, crop)}
             found["rows"].append(row)
@@ -239,8 +249,7 @@ def scene(arguments: argparse.Namespace) -> None:
                     model, lambda top, bottom: (dates[0, :, top:bottom], dates[1, :, top:bottom]),
                     side, side, window=window, overlap=window // 4, batch_size=batch,
                 )  # fmt: skip
-                for _ in bands:
-                    pass
+                collections.deque(bands, maxlen=0)
             measure.synchronize(device)
             seconds = time.perf_counter() - began
         row |= {"seconds": seconds, "megapixels_per_second": side**2 / 1e6 / seconds}
@@ -303,8 +312,7 @@ def told(events: Any, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Return launches and waits per step, and milliseconds per step of the dearest operators."""
     on_gpu = device.type == "cuda"
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    names = {"launches": "cudaLaunchKernel", "copies": "cudaMemcpyAsync"}
-    names |= {"waits": "cudaStreamSynchronize", "waits_for_all": "cudaDeviceSynchronize"}
+    names = {"launches": "cudaLaunchKernel", "waits": "cudaStreamSynchronize"}
     counts = {n: sum(e.count for e in events if e.key.startswith(k)) for n, k in names.items()}
     dearest = sorted(events, key=lambda event: -getattr(event, time_of))[:30]
     return {
@@ -356,11 +364,12 @@ def lead(arguments: argparse.Namespace) -> int:
         command = [sys.executable, __file__, str(arguments.out), "--part", name]
         command += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
         print(f"==== {name}, at {time.monotonic() - began:.0f} s", flush=True)
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            done = subprocess.run(command, check=False, timeout=min(limit, left))
-            if done.returncode:
-                failed.append(f"{name}: exit code {done.returncode}")
+            if code := process.wait(min(limit, left)):
+                failed.append(f"{name}: exit code {code}")
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
             failed.append(f"{name}: cut off after {min(limit, left):.0f} s")
     print(f"==== done after {time.monotonic() - began:.0f} s", *failed, sep="\n", flush=True)
     return int(bool(failed))
@@ -375,7 +384,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can do in a minute")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: 9.5)")
     parser.add_argument("--only", help="some of the parts: run,trace")
-    parser.add_argument("--part", choices=parts(), help="do one of them in this process")
+    parser.add_argument("--part", choices=parts(), help="one of them, in this process")
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)

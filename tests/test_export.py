@@ -14,7 +14,8 @@ from test_predict import checkpoint_of
 from torch import Tensor, nn
 
 import export
-from model import load_model
+from model import FUSIONS, SiameseUNet, load_model
+from networks.backbones import PlainViT
 from networks.encoders import Encoder, Stages
 from predict import predict_scene
 from runtime.errors import UserError
@@ -174,3 +175,24 @@ def test_help_answers_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert "checkpoint [pairs ...]" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_plain_vit_is_exported_for_sizes_above_a_tile() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    sizes = {"patch_size": 16, "num_layers": 4, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    vit = PlainViT((-4, -3, -2, -1), image_size=64, **sizes)
+    encoder = Encoder(vit, [32] * 4, (4, 8, 16, 32), multiple=32)
+    torch.manual_seed(0)
+    model = SiameseUNet(encoder, FUSIONS["concat"], 1).eval()
+    program, onnx = export.trace(model, "uint8")
+    runs = program.module(check_guards=False)
+    session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString())
+    for shape in ((1, 3, 64, 64), (2, 3, 33, 130), (1, 3, 97, 40)):
+        before, after = export.random_pair(shape)
+        with torch.no_grad():
+            expected = model(before, after)
+            torch.testing.assert_close(runs(before, after), expected)
+        (found,) = session.run(None, {"before": before.numpy(), "after": after.numpy()})
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)

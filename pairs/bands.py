@@ -333,5 +333,11 @@ def filling(path: Path, values: NDArray[np.float64]) -> list[str]:
     return []
 
 
+def holes_in(arrays: Sequence[Bytes]) -> Bools | None:
+    """Return where a date of a pair has no data (H, W); None is nowhere."""
+    alphas = [array[..., 3] == 0 for array in arrays[:2] if array.shape[2] == 4]
+    return np.logical_or.reduce(alphas) if alphas else None
+
+
 def _text(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pairs.bands import holes_in
 from pairs.images import Bytes
 from pairs.labels import MaskCoding
 from pairs.memo import short_hash
@@ -17,7 +18,6 @@ from pairs.sources import (
     CachedSource,
     FileSource,
     encode_labels,
-    holes_in,
     offsets_of,
     stack_files,
     sum_of,

@@ -39,9 +39,9 @@ from pairs.sources import (
 )
 from pairs.splits import Layout, Pair
 from pairs.threads import in_threads
-from runtime.devices import available_memory
 from runtime.errors import UserError
 from runtime.files import ABANDONED, locked
+from runtime.memory import available_memory
 
 MAX_GB = 100.0  # of all caches in a folder; LEVIR-CD takes 4
 SPARE_BYTES = 2 * 10**9  # what a cache leaves free on the disk and in memory

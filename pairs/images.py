@@ -25,6 +25,7 @@ from pairs.gdal import open_bands, read_raster
 from pairs.headers import OTHER, PNG, QUARTER_TURNS, TIFF, Header, header_of, png_may_turn
 from pairs.label_values import Color, class_values
 from runtime.errors import UserError
+from runtime.memory import available_memory
 
 IGNORE = 255  # the class index of pixels that do not count
 # refused from the header, before a byte is decoded: 134 million, 11,585 x 11,585
@@ -275,8 +276,6 @@ def _check_size(path: Path, width: int, height: int) -> None:
             f"{path}: {width} x {height} pixels are too many to decode at once; cut it into tiles"
         )
     if width * height > _LARGE:
-        from runtime.devices import available_memory  # imports torch, which takes seconds
-
         needed, free = width * height * BYTES_A_PIXEL, available_memory()
         if needed > free:
             raise UserError(

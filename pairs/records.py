@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pairs.bands import Bools, Reading
+from pairs.bands import Bools, Reading, holes_in
 from pairs.images import Bytes, Pixels, is_lossy, read_label, read_pixels
 from pairs.labels import Classes, MaskCoding, label_values
 from pairs.memo import Memo, Stamp, short_hash, stamp_of
-from pairs.sources import holes_in
 from pairs.splits import Layout, Pair
 from pairs.threads import in_threads
 from runtime.errors import UserError

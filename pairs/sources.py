@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pairs.bands import AS_STORED, Bools, Reading
+from pairs.bands import AS_STORED, Bools, Reading, holes_in
 from pairs.images import IGNORE, Bytes, read_label, read_pixels, read_size
 from pairs.labels import MaskCoding
 from pairs.memo import Stamp, stamp_of
@@ -312,12 +312,6 @@ def stack_files(pair: Pair, arrays: Sequence[Bytes]) -> Bytes:
     if (holes := holes_in(arrays)) is not None:
         channels[:6, holes] = 0
     return channels
-
-
-def holes_in(arrays: Sequence[Bytes]) -> Bools | None:
-    """Return where a date of a pair has no data (H, W); None is nowhere."""
-    alphas = [array[..., 3] == 0 for array in arrays[:2] if array.shape[2] == 4]
-    return np.logical_or.reduce(alphas) if alphas else None
 
 
 def encode_labels(

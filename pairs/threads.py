@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pairs.images import BYTES_A_PIXEL, num_pixels
-from runtime.devices import available_memory
 from runtime.errors import UserError
+from runtime.memory import available_memory
 from runtime.progress import Bar
 
 MAX_THREADS = 16
@@ -31,6 +31,8 @@ def in_threads(
         title: of the bar.
         unit: of the bar, what a job is.
     """
+    if not jobs:
+        return
     gate = _Gate(available_memory() // 2 // BYTES_A_PIXEL)
 
     def run(job: tuple[Sequence[Path], Callable[[], Result]]) -> Result:

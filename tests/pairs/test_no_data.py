@@ -1,5 +1,6 @@
 """Pixels without data mean the same in every cache, in the shares of classes and in scores."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pairs.labels import Classes
 from pairs.layouts import find_pairs
 from pairs.memo import stamp_of
 from pairs.sources import Source
+from runtime.errors import UserError
 
 SIDE = 32
 HOLES = np.zeros((SIDE, SIDE), bool)
@@ -197,3 +199,32 @@ def test_no_data_among_few_bits_is_told_by_the_stored_value(bits: int, tmp_path:
     found = read_pixels(tmp_path / "x.png").valid
     assert found is not None
     assert np.array_equal(found, stored != 1)
+
+
+@pytest.mark.fault("D20", "U6")
+@pytest.mark.parametrize(
+    ("end", "content", "said"),
+    [
+        (".aux.xml", None, r"val_0\.png\.aux\.xml: is a named pipe"),
+        (".msk", None, r"val_0\.png\.msk: is a named pipe"),
+        (".msk", b"<VRTDataset/>", r"val_0\.png\.msk: no TIFF"),
+        (".aux.xml", b"<NoDataValue>" * 100_000, ""),
+        (".aux.xml", bytes(range(256)), ""),
+    ],
+)
+def test_hostile_neighbours_of_an_image_are_refused_or_say_nothing(
+    end: str, content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("rasterio")
+    root = save_tree(tmp_path / "data", size=(SIDE, SIDE), train=2, val=1)
+    beside = root / "val" / "B" / f"val_0.png{end}"
+    if content is None:
+        os.mkfifo(beside)
+    else:
+        beside.write_bytes(content)
+    if said:
+        with pytest.raises(UserError, match=said):
+            opened(root, "none")
+        return
+    _, sources = opened(root, "none")
+    assert (sources["val"].channels(0)[6] != 255).all()

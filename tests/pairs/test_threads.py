@@ -11,7 +11,6 @@ from pairs.images import read_label, read_pixels
 from pairs.labels import Classes
 from pairs.layouts import find_pairs
 from pairs.threads import in_threads
-from runtime import devices
 from runtime.errors import UserError
 
 
@@ -49,7 +48,7 @@ def test_what_does_not_fit_into_memory_is_refused_by_one_line(
 ) -> None:
     root = save_tree(tmp_path / "data", train=2, val=1)
     (root / "train" / "A" / "train_0.png").write_bytes(png_bomb(5000))
-    monkeypatch.setattr(devices, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(images, "available_memory", lambda: 10**8)
     with pytest.raises(UserError, match=r"train_0\.png: 5000 x 5000 .* 0\.5 GB .* into tiles"):
         open_splits(
             find_pairs(root), Classes(1), ("train", "val"), cache="none", folder=tmp_path / "cache"

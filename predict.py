@@ -212,7 +212,7 @@ def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds]:
     state = read_checkpoint(path)
     reading = reading_of(config).over(Reading.saved(state["data"], path))
     device = pick_device(config.device, local_rank())
-    keep_freed_memory()
+    keep_freed_memory(one_arena=True)
     model = restore_model(state, path).to(device).eval()
     if rank() == 0 and state["data"].get("is_sample"):
         print(

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modu
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from runtime.config import REQUIRED, option
 from runtime.options import find_model, shared
 from runtime.start import start
 
+NUMBERS = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 ROOT = Path(__file__).resolve().parent
 
 
@@ -193,10 +194,12 @@ def evaluate(given: dict[str, Any]) -> Report:
     wanted = Path(config.output_dir) if config.output_dir else None
     from_rank_0(lambda: check_writable(wanted or next(iter(checkpoints)).parent))
     print(
-        f"device  {describe(device)}, {'float32' if amp == 'off' else amp}"
+        f"device  {describe(device)}, {NUMBERS[amp]}"
         f"{f', each of {world_size()} processes' if world_size() > 1 else ''}",
         flush=True,
     )
+    if config.data_dir is None and config.pairs is None:
+        warn_of_other_data(checkpoints, data)
     protocols, note = leave_out_equal_ones(protocols, data, config.window)
     measured = [
         measure(config, predictor_of(config, path, state, data, device, amp), protocols, data)
@@ -215,6 +218,17 @@ def evaluate(given: dict[str, Any]) -> Report:
         return report
 
     return from_rank_0(publish)
+
+
+def warn_of_other_data(checkpoints: Mapping[Path, dict[str, Any]], data: EvaluationData) -> None:
+    """Say which of several models learned from other data than the one that is scored on."""
+    first = next(iter(checkpoints))
+    for path, state in checkpoints.items():
+        if path != first and state["data"].get("fingerprint") != data.fingerprint and rank() == 0:
+            print(
+                f"warning: {path} was trained on other data; all are scored on {data.name}, that "
+                f"of {first} (--data-dir sets another)"
+            )
 
 
 def predictor_of(

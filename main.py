@@ -78,7 +78,8 @@ class Config:
     )
     weights: str = option("imagenet", "weights the encoder starts from: imagenet, none or a file")
     init: str | None = option(
-        None, "run or checkpoint whose whole model, encoder and decoder, this run starts from"
+        None,
+        "run or checkpoint whose whole model, not the encoder alone, this run starts from",
     )
     freeze_backbone: bool | None = option(None, "keep the encoder fixed; yes if it is pretrained")
 
@@ -279,8 +280,8 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
             table=config.pairs,
             skip_broken=config.skip_broken,
         )
-    can_choose = run.state is None and config.weights == "imagenet" and "weights" not in given
-    if is_sample(layout.root) and can_choose:
+    is_chosen = config.weights != "imagenet" or "weights" in given or config.init
+    if is_sample(layout.root) and run.state is None and not is_chosen:
         recipe = from_rank_0(lambda: sample_recipe(config.backbone, given))
         config = replace(config, **recipe)
     classes = choose_classes(

@@ -24,6 +24,7 @@ MIN_PIXELS = 10  # of a connected component that counts as an object, unless ask
 MAX_CLASSES = 250  # of the labels: 255 is "ignore", 254 "unknown"
 _UNKNOWN = 254  # in a lookup table: a value that is no class
 MIN_SOFT = 5  # values between two classes that tell soft edges
+MAX_GUESSED = 20  # classes of values 0, 1, 2, ...
 SOFT_EDGES = (
     "values between them come of soft edges: resize masks with nearest neighbour, or save them "
     "with a threshold, such as 255 where they are 128 or more"
@@ -254,6 +255,8 @@ def choose_mask_coding(
     remedy = "give the value of class 0, 1, ... as --mask-values"
     if num_labels == 2 and found <= {0, 128, 255}:
         remedy = "--num-classes 3 reads them as none, road, building"
+    elif num_labels == 2 and found == set(range(len(found))) and len(found) <= MAX_GUESSED:
+        remedy += f"; or, if they are kinds of change, --num-classes {len(found)}"
     elif _is_soft(strange, known):
         remedy = SOFT_EDGES
     raise UserError(

@@ -104,7 +104,9 @@ def complete(
             raise UserError(f"{home}: the {name} split holds no pair; {EXPECTED}")
     for name in wanted:
         if name not in splits:
-            raise UserError(f"{home}: has no {name} split, only {', '.join(splits)}")
+            there = f"{home}: has no {name} split, only {', '.join(splits)}"
+            is_val = name == "test" and "val" in splits
+            raise UserError(there + "; --split val scores on val, not independent" * is_val)
     ordered = {name: splits[name] for name in SPLITS if name in splits}
     return Layout(home, description, ordered, tuple(notes), tuple(skipped), trained_as)
 

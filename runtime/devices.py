@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from runtime.start import usable_cores
 
 
@@ -85,7 +85,8 @@ def describe(device: torch.device) -> str:
     """Name the device for people: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"cpu ({threads})" if device.type == "cpu" else str(device)
 
 
 def pick_workers(asked: int | None, num_processes: int = 1) -> int:

@@ -196,13 +196,16 @@ def test_seeds_give_mean_and_deviation(trained: Path, tree: Path, tmp_path: Path
     assert report["runs"][0] == single
 
 
-def test_two_models_are_compared_on_the_same_images(trained: Path, tmp_path: Path) -> None:
+def test_two_models_are_compared_on_the_same_images(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     state = torch.load(trained / "best.pt", weights_only=True)
     other = tmp_path / "runs" / "silent" / "best.pt"
     other.parent.mkdir()
     weights = dict(state["model"])
     weights["head.bias"] = weights["head.bias"] - 50  # never predicts change
-    save_checkpoint(other, {**state, "model": weights})
+    elsewhere = {**state["data"], "fingerprint": "another"}
+    save_checkpoint(other, {**state, "model": weights, "data": elsewhere})
     report = evaluated(trained, other, compare=True, protocols="patches")
     (pair,) = report["comparison"]
     found = pair["protocols"]["patches"]["default"]
@@ -212,6 +215,7 @@ def test_two_models_are_compared_on_the_same_images(trained: Path, tmp_path: Pat
     ]
     assert found["value"] == pytest.approx(scores[1] - scores[0])
     assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    assert "silent/best.pt was trained on other data" in capsys.readouterr().out
     said = text(report)
     assert f"{found['value']:+.4f}" in said and "±" not in said
     page = (tmp_path / "runs" / "evaluation" / "test" / "report.html").read_text("utf-8")
@@ -318,7 +322,7 @@ def test_a_split_that_is_missing_and_runs_that_do_not_match(
     with pytest.raises(UserError, match="its classes are not those of"):
         evaluated(trained, other)
     small = save_tree(tmp_path / "small", train=1, val=1)
-    with pytest.raises(UserError, match="has no test split, only train, val"):
+    with pytest.raises(UserError, match="has no test split, only train, val; --split val"):
         evaluated(trained, data_dir=str(small))
 
 

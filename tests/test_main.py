@@ -697,3 +697,15 @@ def test_a_run_starts_from_the_whole_model_of_another(tree: Path, tmp_path: Path
         main.train(options(tree, name="third", init=str(first), fusion="diff"))
     with pytest.raises(UserError, match="nowhere: no such run"):
         main.train(options(tree, name="fourth", init="nowhere"))
+
+
+def test_a_start_brings_its_architecture(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(options(tree, name="first", epochs=1, fusion="diff"))
+    given = options(tree, name="second", epochs=1, init=str(tmp_path / "runs" / "first"))
+    del given["backbone"]
+    train(given)
+    saved = json.loads((tmp_path / "runs" / "second" / "config.json").read_text())
+    assert (saved["backbone"], saved["fusion"]) == (TINY, "diff")
+    assert "3 updates in all, which are few" in capsys.readouterr().out

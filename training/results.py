@@ -34,6 +34,7 @@ from visualize import (
 
 PICTURE = "validation_predictions.png"
 SAMPLES = 10
+FEW_UPDATES = 200  # the sample set needs some 1,000 (EXPERIMENTS.md)
 STRIP = 3  # samples in the picture of the trackers, which they show a few hundred pixels wide
 
 
@@ -42,12 +43,19 @@ def describe_run(run: Run, learner: Learner, data: Data) -> str:
     learning, total = count_parameters(learner.model)
     dtype = learner.precision.dtype or torch.float32
     processes = f", each of {world_size()} processes" if world_size() > 1 else ""
+    updates = -(-len(data.train) // run.config.accumulate) * run.config.epochs
+    few = (
+        f"\nwarning: {counted(updates, 'update')} in all, which are few; smaller crops and batches "
+        "or more --epochs make more, --init RUN starts from a trained model"
+        if updates < FEW_UPDATES
+        else ""
+    )
     return (
         f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
         f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
         f"device  {describe(learner.progress.device)}, {str(dtype).removeprefix('torch.')}, "
         f"{counted(data.train.num_workers, 'worker')}{processes}\n"
-        f"run     {run.folder}"
+        f"run     {run.folder}{few}"
     )
 
 

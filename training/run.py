@@ -12,14 +12,14 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pairs.labels import MaskCoding
-from runtime.checkpoint import restore, save_checkpoint, versions
+from runtime.checkpoint import read_checkpoint, restore, save_checkpoint, versions
 from runtime.config import as_dict, differences, from_dict
 from runtime.distributed import (
     agree,
@@ -32,6 +32,7 @@ from runtime.distributed import (
 )
 from runtime.errors import DataFault, Interrupted, StopRequest, UserError
 from runtime.files import write_json
+from runtime.options import find_model
 from runtime.tracking import Tracker
 from training.engine import Learner, check_finite
 from training.run_folder import (
@@ -273,12 +274,24 @@ def open_run(
             config = dataclasses.replace(saved, **wanted)
             if changed := differences(saved, config):
                 raise UserError(f"{last}: a resumed run keeps its options; {'; '.join(changed)}")
+        if state is None and config.init:
+            config = dataclasses.replace(config, **architecture_of(config.init, given))
         check(config, state is None)
         if state is None:
             check_name(config.name)
         return config, folder, last, state
 
     return Run(*from_rank_0(choose), held)
+
+
+def architecture_of(start: str, given: Collection[str]) -> dict[str, Any]:
+    """Return those options of the model that a run starts from that the user has not chosen."""
+    known = read_checkpoint(find_model(start))["model_kwargs"]
+    return {
+        name: known[name]
+        for name in ("task", "backbone", "fusion")
+        if name in known and name not in given
+    }
 
 
 def check_same_classes(saved: Mapping[str, Any], encoding: MaskCoding, last: Path) -> None:

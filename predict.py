@@ -135,8 +135,13 @@ from runtime.checkpoint import VERSION, digest_of, read_checkpoint
 from runtime.config import as_dict, as_flags
 from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
-from runtime.errors import Interrupted, StopRequest, UserError
+from runtime.errors import Interrupted, StopRequest, UserError, counted
 from scoring.record import stored_threshold
+
+SYNTHETIC = (
+    "this model was trained on the SYNTHETIC sample alone: expect false alarms on real scenes; "
+    "train on labelled pairs of your own"
+)
 
 
 def predict(given: dict[str, Any]) -> list["Mapped"]:
@@ -152,9 +157,9 @@ def predict(given: dict[str, Any]) -> list["Mapped"]:
         UserError: anything the user can mend; of the pair that it concerns nothing is written.
         Interrupted: by a signal; what is written is whole.
     """
-    config, model, kinds = _model_of(Config(**given))
+    config, model, kinds, cautions = _model_of(Config(**given))
     config, about, scenes, faults = from_rank_0(lambda: prepare(config, kinds))
-    job = job_of(config, model, kinds, about)
+    job = job_of(config, model, kinds, about | cautions)
     num_pairs = sum(map(len, scenes))
     results: list[Mapped] = []
     shared = False
@@ -205,8 +210,8 @@ def _take(
             faults += [mapped.fault] if mapped.fault else []
 
 
-def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds]:
-    """Return the options with those of the training, the model, and what its classes are."""
+def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds, dict[str, str]]:
+    """Return the options with those of the training, the model, its classes, and a caution."""
     check(config)
     path = find_model(config.checkpoint)
     state = read_checkpoint(path)
@@ -214,20 +219,20 @@ def _model_of(config: Config) -> tuple[Config, nn.Module, Kinds]:
     device = pick_device(config.device, local_rank())
     keep_freed_memory(one_arena=True)
     model = restore_model(state, path).to(device).eval()
-    if rank() == 0 and state["data"].get("is_sample"):
-        print(
-            "this model was trained on the SYNTHETIC sample alone: expect false alarms on real "
-            "scenes; train on labelled pairs of your own"
-        )
+    is_sample = bool(state["data"].get("is_sample"))
+    if rank() == 0 and is_sample:
+        print(SYNTHETIC)
     kinds = Kinds.of(model.task, model.num_classes, state["data"])
-    return replace(config, **vars(reading)), model, kinds
+    cautions = {"caution": SYNTHETIC} if is_sample else {}
+    return replace(config, **vars(reading)), model, kinds, cautions
 
 
 def _listed(faults: Sequence[str], num_mapped: int) -> str:
     """Return what to say at the end of the scenes that are not whole."""
     if len(faults) == 1 and not num_mapped:
         return faults[0]
-    return "\n  ".join([f"{num_mapped} scenes are mapped; {len(faults)} have faults:", *faults])
+    said = f"mapped: {counted(num_mapped, 'scene')}; with faults: {len(faults)}"
+    return "\n  ".join([said, *faults])
 
 
 def predict_scene(
@@ -343,7 +348,7 @@ def prepare(config: Config, kinds: Kinds) -> tuple[Config, dict[str, Any], list[
     if config.skip_existing:
         todo = [left for s in sound for left in _left(s, out, about)]
         num_there = sum(map(len, sound)) - sum(map(len, todo))
-        print(f"{num_there} of {sum(map(len, scenes))} scenes are mapped already")
+        print(f"{num_there} of {counted(sum(map(len, scenes)), 'scene')} mapped already")
         sound = todo
     elif not config.overwrite:
         check_free(out, (pair.name for series in sound for pair in series))
@@ -357,8 +362,8 @@ def _with_threshold(config: Config, path: Path) -> Config:
         print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
         return replace(config, threshold=threshold)
     print(
-        "threshold 0.5, which fits few scenes: with a few labelled pairs of your own as "
-        "val, evaluate.py chooses a better one; --threshold sets it"
+        "threshold 0.5, which fits few scenes: on labelled pairs, your own with --data-dir, "
+        f"`python evaluate.py {path.parent.name} --split val` finds a better one for --threshold"
     )
     return config
 

@@ -93,7 +93,8 @@ class Grid:
         t = self.transform
         name = self.crs.to_string() if self.crs else "no CRS"
         name = name if len(name) < 60 else f"{name[:57]}..."
-        return f"{size} of {t.a:.6g} x {-t.e:.6g} from ({t.c:.10g}, {t.f:.10g}), {name}"
+        corner = f"upper left corner ({t.c:.10g}, {t.f:.10g})"
+        return f"{size} of {t.a:.6g} x {-t.e:.6g}, {corner}, {name}"
 
     @property
     def has_place(self) -> bool:

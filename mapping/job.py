@@ -22,6 +22,7 @@ from mapping.rasters import Scene, open_scene
 from mapping.scenes import ScenePair, Series
 from networks.sliding_window import Windows
 from runtime.distributed import rank
+from runtime.errors import counted
 from runtime.files import whole_folder
 from runtime.progress import Bar
 
@@ -240,9 +241,12 @@ class Job:
         grid = scene.grid
         num_pixels = grid.height * grid.width
         no_data = 1 - maps.num_valid / num_pixels
+        polygons = f", {counted(found.number, 'polygon')}" if maps.has_polygons else ""
+        if maps.output.polygons != "none" and not maps.has_polygons:
+            polygons = ", no polygons without a place on the map"
         line = (
             f"{self.out / pair.name}_*: {grid.width} x {grid.height}, {maps.changed:.2%} changed"
-            f"{f', {found.number} polygons' if maps.has_polygons else ''}"
+            f"{polygons}"
             f"{f' and {found.num_left_out} too small (--min-area)' if found.num_left_out else ''}"
             f"{f', {no_data:.1%} without data' if no_data else ''}"
             f", {num_pixels / 1e6 / seconds:.2g} megapixels/s"
@@ -257,6 +261,9 @@ def _about_lines(pair: ScenePair, scene: Scene, maps: SceneMaps) -> list[str]:
     """Return what the page of a scene says first."""
     about = maps.output.about
     lines = [f"{pair.before} and {pair.after}", f"{scene.grid}: {maps.changed:.2%} changed"]
+    lines += [about["caution"]] if "caution" in about else []
+    if "threshold" in about and maps.kinds.has_threshold:
+        lines.append(f"change is where its probability is above {about['threshold']:g}")
     if "command" in about:
         lines += [
             f"{about['command']}",

@@ -39,7 +39,7 @@ from mapping.sidecars import (
     write_probability_style,
 )
 from pairs.images import IGNORE
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from visualize import PALETTE
 
 LAYERS = ("probability", "mask", "classes_before", "classes_after", "overlay", "polygons",
@@ -230,7 +230,10 @@ class SceneMaps:
         write_probability_style(self.probability.path, PROBABILITY_STEPS if has_steps else 1)
         if self.report is not None:
             legend = list(zip(self.kinds.names, self.overlay.palette.tolist(), strict=True))[1:]
-            note = f"{found.number} polygons, the largest first" if self.has_polygons else ""
+            note = ""
+            if self.has_polygons:
+                note = f"{counted(found.number, 'polygon')}; in the list the largest first, with "
+                note += "area, mean probability and class"
             self.report.finish(lines, legend, found.places, note)
         write_about(self.folder, self.name, self.output.about)
         return found

@@ -133,7 +133,7 @@ class Report:
             **{name: self._layer(name) for name in self.layers},
         }
         page = {
-            "title": f"Change in {self.name}",
+            "title": f"{self.name}: change",
             "about": list(about),
             "sections": [{"title": "Before and after", "views": [view]}],
         }

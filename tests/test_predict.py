@@ -274,7 +274,7 @@ def test_a_bad_scene_costs_none_of_the_others(
     with pytest.raises(UserError) as caught:
         run(checkpoint, *folders, out)
     first, *faults = str(caught.value).splitlines()
-    assert first == "2 scenes are mapped; 2 have faults:"
+    assert first == "mapped: 2 scenes; with faults: 2"
     assert "a.png" in faults[0] and "have different" in faults[0] and "c.png" in faults[1]
     assert {name[0] for name in made(out)} == {"b", "d"}
 
@@ -291,7 +291,7 @@ def test_a_bad_scene_costs_none_of_the_others(
     (out / "d_mask.png").unlink()  # killed while it was moved into place
     run(checkpoint, *folders, out, skip_existing=True)
     assert mapped == ["a", "c", "d"] and {name[0] for name in made(out)} == set("abcd")
-    assert "1 of 4 scenes are mapped already" in capsys.readouterr().out
+    assert "1 of 4 scenes mapped already" in capsys.readouterr().out
     run(checkpoint, *folders, out, skip_existing=True)
     assert len(mapped) == 3
     with pytest.raises(UserError, match="another threshold made this scene"):
@@ -305,7 +305,7 @@ def test_scenes_are_judged_before_the_first_window(checkpoint: Path, tmp_path: P
     for name in "ab":
         save(tmp_path / "A" / f"{name}.png", picture(1))
         save(tmp_path / "B" / f"{name}.png", picture(2, 40, 40))
-    with pytest.raises(UserError, match="0 scenes are mapped; 2 have faults"):
+    with pytest.raises(UserError, match="mapped: 0 scenes; with faults: 2"):
         run(checkpoint, tmp_path / "A", tmp_path / "B", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -438,7 +438,7 @@ def test_a_broken_scene_costs_none_of_the_others(name: str, tmp_path: Path) -> N
     _, errors = end(run, timeout=60)
     assert run.returncode == 1
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(ours) == 1 and "2 scenes are mapped; 1 have faults" in ours[0]
+    assert len(ours) == 1 and "mapped: 2 scenes; with faults: 1" in ours[0]
     assert str(whole) in errors and "exitcode  : 2" in errors
     written = {path.name[0] for path in (tmp_path / "out").iterdir()}
     assert written == {"a", "b", "c"} - {name}

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from pairs.augment import Augment
 from pairs.bands import AS_STORED, Reading
 from pairs.images import IGNORE, read_label
-from pairs.labels import choose_classes, choose_mask_coding, label_values
+from pairs.labels import choose_classes, choose_encoding, label_values
 from pairs.layouts import find_pairs
 from pairs.scale import choose_scale
 from pairs.sources import FileSource, Source
@@ -315,7 +315,7 @@ def open_dataset(
         reading: how images become RGB bytes; a scale that they need is chosen from the split.
 
     Raises:
-        UserError: as `find_pairs`, `choose_classes` and `choose_mask_coding`.
+        UserError: as `find_pairs`, `choose_classes` and `choose_encoding`.
     """
     layout = find_pairs(root, task, wanted=(split,))
     of_three = layout.root.with_name("sample-3-classes")
@@ -332,7 +332,7 @@ def open_dataset(
     if classes.values is None:
         for path in (path for pair in pairs for path in pair.labels):
             values |= label_values(read_label(path, classes.colors), path)
-    encoding = choose_mask_coding(values, classes)
+    encoding = choose_encoding(values, classes)
     images = [path for pair in pairs for path in (pair.before, pair.after)]
     reading, lines = choose_scale(images, reading, f"the {split} split")
     print(*lines, sep="\n", end="\n" if lines else "")

@@ -184,7 +184,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
     return worst
 
 
-class Pair(nn.Module):
+class Exported(nn.Module):
     """The model, on two tensors of one dtype."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -204,7 +204,7 @@ def trace(model: nn.Module, kind: str) -> tuple[ExportedProgram, Any]:
         warnings.simplefilter("ignore")  # of both exporters, about their own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            program = torch.export.export(Pair(model), example, dynamic_shapes=(free, free))
+            program = torch.export.export(Exported(model), example, dynamic_shapes=(free, free))
             onnx = torch.onnx.export(
                 program, dynamo=True, optimize=False, verbose=False,
                 input_names=["before", "after"], output_names=["logits"],

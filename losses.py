@@ -33,7 +33,7 @@ def soft_iou(probability: Tensor, target: Tensor, valid: Tensor, smooth: float) 
     """Return the soft IoU of each image.
 
     (sum p t + s) / (sum (p + t - p t) + s), Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22.
-    Without changed pixels it is s / (sum p + s): 1 when nothing is claimed, lower with every false
+    Without changed pixels it is s / (sum p + s): 1 when nothing is predicted, lower with every false
     alarm, and finite when every pixel is ignored.
 
     Args:
@@ -80,7 +80,7 @@ class CombinedIoULoss(nn.Module):
         bce_weight: factor of the cross-entropy, averaged over an image's valid pixels.
         iou_weight: factor of 1 - soft IoU.
         smooth: pixels added to both sides of the IoU's fraction. It sets how hard an image without
-            change is on false alarms: half the loss at `smooth` claimed pixels.
+            change is on false alarms: half the loss at `smooth` predicted pixels.
         class_weights: of the cross-entropy, one per class.
     """
 

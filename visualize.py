@@ -26,7 +26,7 @@ from metrics import Confusion, predict_classes
 from model import SiameseUNet
 from networks.fusion import CrossAttention
 from pairs.images import IGNORE
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from runtime.figures import Picture, plain_text, plain_title, save_figure
 
 log = logging.getLogger("visualize")
@@ -112,7 +112,7 @@ def pick_samples(dataset: ChangeDataset, num_samples: int) -> list[int]:
 def prediction_grid(
     samples: Sequence[tuple[Tensor, Tensor, Tensor]],
     predictions: Sequence[Tensor],
-    encoding: MaskCoding,
+    encoding: LabelEncoding,
     *,
     title: str | None = None,
     names: Sequence[str] | None = None,
@@ -167,7 +167,7 @@ def prediction_grid(
     return figure
 
 
-def _draw_legends(figure: Figure, encoding: MaskCoding, height: float) -> int:
+def _draw_legends(figure: Figure, encoding: LabelEncoding, height: float) -> int:
     """Name the colours of errors and, if there are several, of classes; return how many lines."""
     is_multi_class = len(encoding.values) > 2
     legends = [list(LEGEND.items())]
@@ -186,7 +186,7 @@ def _draw_legends(figure: Figure, encoding: MaskCoding, height: float) -> int:
     return len(legends)
 
 
-def palette(encoding: MaskCoding) -> NDArray[np.uint8]:
+def palette(encoding: LabelEncoding) -> NDArray[np.uint8]:
     """Return a colour (C, 3) for each class: the label files' own, or `PALETTE` over again."""
     if encoding.colors is not None:
         return np.array(encoding.colors, dtype=np.uint8)

@@ -30,7 +30,7 @@ from dataset import ChangeDataset, make_loader
 from pairs.augment import Augment
 from pairs.cache import open_source, open_splits
 from pairs.images import read_image, read_label
-from pairs.labels import Classes, choose_mask_coding, label_values
+from pairs.labels import Classes, choose_encoding, label_values
 from pairs.layouts import find_pairs
 from pairs.sources import CachedSource
 from pairs.splits import Pair
@@ -203,7 +203,7 @@ def main() -> None:
         )
         pairs = list(find_pairs(root).splits["train"])
         values = [label_values(read_label(pair.label), pair.label) for pair in pairs]
-        encoding = choose_mask_coding(set().union(*values), Classes(1))
+        encoding = choose_encoding(set().union(*values), Classes(1))
 
         def dataset(cache: str, augment: Augment | None = None) -> ChangeDataset:
             source = open_source(pairs, encoding, cache=cache, folder=scratch / "cache")

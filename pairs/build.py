@@ -12,7 +12,7 @@ import torch
 
 from pairs.bands import holes_in
 from pairs.images import Bytes
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from pairs.memo import short_hash
 from pairs.sources import (
     CachedSource,
@@ -133,6 +133,6 @@ class Build:
             return np.frombuffer(self._file.read(end - start), np.uint8)
 
 
-def hash_classes(encoding: MaskCoding) -> str:
+def hash_classes(encoding: LabelEncoding) -> str:
     """Return what tells the meanings of label values apart, as a word of a file's name."""
     return short_hash((encoding.values, encoding.colors))

@@ -28,7 +28,7 @@ from pairs.bands import AS_STORED, Reading
 from pairs.build import Build, hash_classes
 from pairs.check import DataSummary, check
 from pairs.images import read_size
-from pairs.labels import Classes, MaskCoding
+from pairs.labels import Classes, LabelEncoding
 from pairs.memo import Stamp, short_hash
 from pairs.records import Keep
 from pairs.sources import (
@@ -201,7 +201,7 @@ class _Store:
 
 def open_source(
     pairs: Sequence[Pair],
-    encoding: MaskCoding,
+    encoding: LabelEncoding,
     reading: Reading = AS_STORED,
     *,
     cache: str = "none",

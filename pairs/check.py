@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pairs.bands import AS_STORED, Reading
-from pairs.labels import Classes, MaskCoding, choose_mask_coding
+from pairs.labels import Classes, LabelEncoding, choose_encoding
 from pairs.memo import Memo, Stamp
 from pairs.records import FileRecord, Keep, Reader
 from pairs.splits import Layout, Pair, listing
@@ -58,7 +58,7 @@ class DataSummary:
     """
 
     layout: Layout
-    encoding: MaskCoding
+    encoding: LabelEncoding
     splits: dict[str, SplitSummary]
     warnings: tuple[str, ...] = ()
     fingerprint: str = ""
@@ -122,7 +122,7 @@ def check(
 
     labels = [path for split in layout.splits.values() for pair in split for path in pair.labels]
     examples = {value: path for path in labels for value in records[path].pixels}
-    encoding = choose_mask_coding(examples, classes, examples)
+    encoding = choose_encoding(examples, classes, examples)
     splits = {
         name: _summarize(split, records, reader.cut, encoding, crop_size)
         for name, split in layout.splits.items()
@@ -182,7 +182,7 @@ def _strange_labels(
     while True:
         left = Counter(v for pair, found in values.items() if pair not in strange for v in found)
         try:
-            choose_mask_coding(left, classes)
+            choose_encoding(left, classes)
         except UserError:
             rarest = min(left, key=left.__getitem__, default=None)
             given_up = [pair for pair in pairs if rarest in values[pair] and pair not in strange]
@@ -210,7 +210,7 @@ def _warnings(
     layout: Layout,
     splits: Mapping[str, SplitSummary],
     records: Mapping[Path, FileRecord],
-    encoding: MaskCoding,
+    encoding: LabelEncoding,
 ) -> Iterator[str]:
     for name, summary in splits.items():
         if not summary.holds_change:
@@ -256,7 +256,7 @@ def _summarize(
     split: Sequence[Pair],
     records: Mapping[Path, FileRecord],
     cut: Mapping[tuple[Pair, Path], FileRecord],
-    encoding: MaskCoding,
+    encoding: LabelEncoding,
     side: int,
 ) -> SplitSummary:
     """Return a split in numbers; pixels without data are in none of its classes."""

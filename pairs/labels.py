@@ -1,4 +1,4 @@
-"""What the classes of a dataset are called, and how its label files write them: `MaskCoding`.
+"""What the classes of a dataset are called, and how its label files write them: `LabelEncoding`.
 
     classes.json beside the splits      {"no change": 0, "road": 128, "building": 255}
                                         {"unchanged": [255, 255, 255], "water": [0, 0, 255], ...}
@@ -158,7 +158,7 @@ def _is_byte(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class MaskCoding:
+class LabelEncoding:
     """Which value in a label file means which class: `values[i]` is class i, called `names[i]`.
 
     255 means "ignore" where it is not the value of a class. Where there are `colors`, those of
@@ -216,9 +216,9 @@ class MaskCoding:
         return values[distance.argmin(1)].astype(np.uint8)[raw]
 
 
-def choose_mask_coding(
+def choose_encoding(
     values: Iterable[int], classes: Classes, examples: Mapping[int, Path] | None = None
-) -> MaskCoding:
+) -> LabelEncoding:
     """Tell from the values of a whole dataset what they mean.
 
     Args:
@@ -227,7 +227,7 @@ def choose_mask_coding(
         examples: a file for each value, to name in errors.
 
     Raises:
-        UserError: the values fit no known coding; it lists them and says what to do.
+        UserError: the values fit no known encoding; it lists them and says what to do.
     """
     num_labels, asked = classes.num_labels, classes.values
     found = set(values)
@@ -244,13 +244,13 @@ def choose_mask_coding(
     else:
         known = [tuple(LEVIR_MCI.values())] if num_labels == 3 and not classes.colors else []
         known += [tuple(range(num_labels))]
-    for coding in known:
+    for encoding in known:
         may_ignore = {IGNORE} if asked is not None or classes.num_classes > 1 else set()
         # 0 and 255 alone are rather two classes than one class and pixels to ignore
-        is_ignored_whole = bool(found - set(coding)) and not found & set(coding[1:])
-        if found <= {*coding, *may_ignore} and not is_ignored_whole:
-            return MaskCoding(coding, classes.names_for(coding), classes.colors)
-    strange = min((sorted(found - set(coding)) for coding in known), key=len)
+        is_ignored_whole = bool(found - set(encoding)) and not found & set(encoding[1:])
+        if found <= {*encoding, *may_ignore} and not is_ignored_whole:
+            return LabelEncoding(encoding, classes.names_for(encoding), classes.colors)
+    strange = min((sorted(found - set(encoding)) for encoding in known), key=len)
     files = ", ".join(dict.fromkeys(str(examples[v]) for v in strange[:3])) if examples else ""
     remedy = "give the value of class 0, 1, ... as --mask-values"
     if num_labels == 2 and found <= {0, 128, 255}:
@@ -267,7 +267,7 @@ def choose_mask_coding(
 
 
 def label_values(raw: Bytes, path: Path) -> set[int]:
-    """Return the values of a label that tell its coding; a JPEG's are noise and tell none.
+    """Return the values of a label that tell its encoding; a JPEG's are noise and tell none.
 
     Raises:
         UserError: a JPEG whose classes lie closer together than its noise.

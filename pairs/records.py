@@ -10,7 +10,7 @@ import numpy as np
 
 from pairs.bands import Bools, Reading, holes_in
 from pairs.images import Bytes, Pixels, is_lossy, read_label, read_pixels
-from pairs.labels import Classes, MaskCoding, label_values
+from pairs.labels import Classes, LabelEncoding, label_values
 from pairs.memo import Memo, Stamp, short_hash, stamp_of
 from pairs.splits import Layout, Pair
 from pairs.threads import in_threads
@@ -63,7 +63,7 @@ class Reader:
     def __init__(self, classes: Classes, reading: Reading, crop_size: int, memo: Memo) -> None:
         self.classes, self.crop_size, self.memo = classes, crop_size, memo
         self.reading, self.image_kind = reading, f"image {reading}"
-        self.jpeg_coding = MaskCoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
+        self.jpeg_coding = LabelEncoding((0, 128, 255) if classes.num_labels == 3 else (0, 255))
         self.first_value = classes.values[0] if classes.values else 0
         self.label_kind = (
             f"label {classes.num_labels} {self.first_value} {crop_size} {classes.colors or ''}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pairs.bands import AS_STORED, Bools, Reading, holes_in
 from pairs.images import IGNORE, Bytes, read_label, read_pixels, read_size
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from pairs.memo import Stamp, stamp_of
 from pairs.splits import Pair
 from runtime.errors import DataFault, UserError, visible
@@ -41,7 +41,7 @@ class Source(ABC):
     """
 
     pairs: tuple[Pair, ...]
-    encoding: MaskCoding
+    encoding: LabelEncoding
     sizes: list[tuple[int, int]]
     num_channels: int
 
@@ -79,7 +79,7 @@ class FileSource(Source):
     def __init__(
         self,
         pairs: Sequence[Pair],
-        encoding: MaskCoding,
+        encoding: LabelEncoding,
         reading: Reading = AS_STORED,
         *,
         stamps: Mapping[Path, Stamp] | None = None,
@@ -315,7 +315,7 @@ def stack_files(pair: Pair, arrays: Sequence[Bytes]) -> Bytes:
 
 
 def encode_labels(
-    pair: Pair, labels: Bytes, encoding: MaskCoding, holes: Bools | None = None
+    pair: Pair, labels: Bytes, encoding: LabelEncoding, holes: Bools | None = None
 ) -> Bytes:
     """Return the classes (L, H, W) of labels as their files write them.
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from dataset import ChangeDataset, EpochSampler, make_loader, open_dataset
 from pairs.augment import Augment
 from pairs.images import IGNORE
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from pairs.layouts import find_pairs
 from pairs.sources import FileSource
 from runtime.errors import DataFault, UserError
 
-CODING = MaskCoding((0, 255))
+CODING = LabelEncoding((0, 255))
 SIZES = [(1, 1), (17, 33), (32, 32), (50, 20), (70, 64)]
 
 

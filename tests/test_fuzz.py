@@ -38,7 +38,7 @@ from pairs.check import check
 from pairs.download import unpack
 from pairs.fetch import fetch
 from pairs.images import read_image, read_label, read_size
-from pairs.labels import Classes, MaskCoding, choose_classes, choose_mask_coding
+from pairs.labels import Classes, LabelEncoding, choose_classes, choose_encoding
 from pairs.layouts import find_pairs
 from pairs.synthetic.sample_set import read_marker
 from runtime import config as cli
@@ -247,7 +247,7 @@ def test_images_and_labels(times: int, tmp_path: Path) -> None:
                 assert isinstance(result, np.ndarray) and result.dtype == np.uint8
                 assert result.ndim == (3 if reader is read_image else 2)
         label = read_label(path)
-        encoding = choose_mask_coding(set(np.unique(label).tolist()), Classes(1))
+        encoding = choose_encoding(set(np.unique(label).tolist()), Classes(1))
         assert set(np.unique(encoding.decode(label, path))) <= {0, 1, 255}
 
     endings = st.sampled_from([".png", ".jpg", ".TIF", ".bmp"])
@@ -275,8 +275,8 @@ def test_codings(times: int) -> None:
     def choose(drawn: tuple[set[int], int, str, tuple[int, ...] | None, bytes]) -> None:
         found, num_classes, task, asked, content = drawn
         classes = Classes(num_classes, task, values=asked)
-        encoding = choose_mask_coding(found, classes)
-        assert isinstance(encoding, MaskCoding) and len(encoding.values) == classes.num_labels
+        encoding = choose_encoding(found, classes)
+        assert isinstance(encoding, LabelEncoding) and len(encoding.values) == classes.num_labels
         raw = np.frombuffer(content, np.uint8).reshape(1, -1)
         decoded = encoding.decode(raw, Path("x.png"))
         assert set(np.unique(decoded)) <= {*range(len(encoding.values)), 255}

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dataset import ChangeDataset, open_dataset
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from runtime.figures import save_figure
 from visualize import (
     COLUMNS,
@@ -111,8 +111,8 @@ def test_classes_have_colours_of_their_own() -> None:
 
 def test_every_class_has_a_colour_of_the_files_or_ours() -> None:
     colors = ((255, 255, 255), (0, 0, 255), (128, 128, 128))
-    assert palette(MaskCoding((0, 1, 2), colors=colors)).tolist() == list(map(list, colors))
-    many = palette(MaskCoding(tuple(range(30))))
+    assert palette(LabelEncoding((0, 1, 2), colors=colors)).tolist() == list(map(list, colors))
+    many = palette(LabelEncoding(tuple(range(30))))
     assert many.shape == (30, 3)
     assert (many[1:] != many[0]).any(1).all()
 
@@ -122,7 +122,7 @@ def test_classes_are_named_below_the_grid(task: str) -> None:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     mask = torch.zeros((2, 8, 8) if task == "semantic" else (8, 8), dtype=torch.uint8)
     mask[..., :4, :4] = 2
-    encoding = MaskCoding((0, 1, 2), ("none", "road", "building"))
+    encoding = LabelEncoding((0, 1, 2), ("none", "road", "building"))
     figure = prediction_grid([(image, image, mask)] * 2, [mask] * 2, encoding)
     assert len(figure.axes) == 2 * len(COLUMNS[task])
     words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
@@ -136,7 +136,7 @@ def test_sizes_may_differ_from_row_to_row() -> None:
         + (torch.zeros(n, n + 4, dtype=torch.uint8),)
         for n in (8, 20)
     ]
-    figure = prediction_grid(samples, [s[2] for s in samples], MaskCoding((0, 255)), title="t")
+    figure = prediction_grid(samples, [s[2] for s in samples], LabelEncoding((0, 255)), title="t")
     assert "no change, 0 px predicted" in figure.axes[4].get_title()
 
 
@@ -157,7 +157,7 @@ ODD_NAMES = ("$x^2$", "\ud800", "x" * 50_000, "\u5efa\u7269", "_roof", "a\\$b", 
 def test_foreign_text_is_drawn_as_text(tmp_path: Path) -> None:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     mask = torch.arange(64, dtype=torch.uint8).view(8, 8) % len(ODD_NAMES)
-    encoding = MaskCoding(tuple(range(len(ODD_NAMES))), ODD_NAMES)
+    encoding = LabelEncoding(tuple(range(len(ODD_NAMES))), ODD_NAMES)
     names = ["\x1b[31m\udcff$\nsecond $ line"]
     grid = prediction_grid([(image, image, mask)], [mask], encoding, title="$a$", names=names)
     for number, figure in enumerate((grid, plot_confusion(torch.eye(7).long(), ODD_NAMES))):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairs.labels import MaskCoding
+from pairs.labels import LabelEncoding
 from runtime.checkpoint import read_checkpoint, restore, save_checkpoint, versions
 from runtime.config import as_dict, differences, from_dict
 from runtime.distributed import (
@@ -294,7 +294,7 @@ def architecture_of(start: str, given: Collection[str]) -> dict[str, Any]:
     }
 
 
-def check_same_classes(saved: Mapping[str, Any], encoding: MaskCoding, last: Path) -> None:
+def check_same_classes(saved: Mapping[str, Any], encoding: LabelEncoding, last: Path) -> None:
     """Raise UserError if classes are no longer what a run has learned."""
     now = (list(encoding.names), list(encoding.values))
     learned = (list(saved.get("class_names") or now[0]), list(saved.get("mask_values") or now[1]))

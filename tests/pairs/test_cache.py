@@ -25,7 +25,7 @@ from pairs import cache as caching
 from pairs.augment import Augment
 from pairs.build import Build
 from pairs.cache import MAX_GB, open_source, open_splits
-from pairs.labels import Classes, MaskCoding
+from pairs.labels import Classes, LabelEncoding
 from pairs.layouts import find_pairs
 from pairs.sources import SUMMED, CachedSource, FileSource, Source, sum_of
 from pairs.splits import Pair
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def opened(
-    root: Path, cache: str = "disk", encoding: MaskCoding = CODING, max_gb: float = MAX_GB
+    root: Path, cache: str = "disk", encoding: LabelEncoding = CODING, max_gb: float = MAX_GB
 ) -> Source:
     pairs = find_pairs(root).splits["train"]
     return open_source(pairs, encoding, cache=cache, folder=root / "cache", max_gb=max_gb)
@@ -133,7 +133,7 @@ def test_the_same_bytes_at_another_time_are_decoded_again(
 
 def test_other_labels_or_other_pairs_have_caches_of_their_own(data: Path) -> None:
     one = opened(data)
-    swapped = opened(data, encoding=MaskCoding((255, 0)))
+    swapped = opened(data, encoding=LabelEncoding((255, 0)))
     assert len(caches(data)) == 2
     assert torch.equal(one.channels(2)[6], 1 - swapped.channels(2)[6])
     pairs = find_pairs(data).splits["train"][1:]
@@ -508,7 +508,7 @@ def test_the_cache_used_longest_ago_makes_room(data: Path) -> None:
     def use(*values: int) -> str:
         """Open with these mask values, and return the name of their cache."""
         known = set(caches(data))
-        opened(data, encoding=MaskCoding(values), max_gb=limit)
+        opened(data, encoding=LabelEncoding(values), max_gb=limit)
         return (set(caches(data)) - known).pop()
 
     first, second = use(0, 255), use(255, 0)

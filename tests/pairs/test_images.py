@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pairs.images import IGNORE, read_image, read_label, read_size
-from pairs.labels import Classes, MaskCoding, choose_mask_coding, label_values
+from pairs.labels import Classes, LabelEncoding, choose_encoding, label_values
 from runtime.errors import UserError
 
 RGB = picture(0, 17, 33)
@@ -216,7 +216,7 @@ def test_masks_give_the_same_classes(tmp_path: Path, ending: str, image: Image.I
     path = save(tmp_path / f"x.{ending}", image)
     raw = read_label(path)
     assert raw.dtype == np.uint8
-    coding = choose_mask_coding(label_values(raw, path), Classes(1))
+    coding = choose_encoding(label_values(raw, path), Classes(1))
     assert np.array_equal(coding.decode(raw, path), PLAIN // 255)
 
 
@@ -228,7 +228,7 @@ def test_jpeg_noise_is_snapped(tmp_path: Path, quality: int) -> None:
     Image.fromarray((mask * 255).astype(np.uint8)).save(path, quality=quality)
     raw = read_label(path)
     assert len(np.unique(raw)) > 2
-    assert np.array_equal(MaskCoding((0, 255)).decode(raw, path), mask)
+    assert np.array_equal(LabelEncoding((0, 255)).decode(raw, path), mask)
 
 
 @pytest.mark.fault("D5")
@@ -236,7 +236,7 @@ def test_a_jpeg_of_other_values_is_not_snapped(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     Image.fromarray(mask_of(64, 64, 140)).save(path)
     with pytest.raises(UserError, match=r"x\.jpg.*PNG"):
-        MaskCoding((0, 255)).decode(read_label(path), path)
+        LabelEncoding((0, 255)).decode(read_label(path), path)
     Image.fromarray(mask_of(64, 64, 1)).save(path)
     with pytest.raises(UserError, match=r"x\.jpg.*PNG"):
         label_values(read_label(path), path)
@@ -279,7 +279,7 @@ def test_other_labels_are_refused(tmp_path: Path, image: Image.Image, said: str)
 def test_coding_of_a_whole_dataset(
     found: set[int], num_classes: int, asked: tuple[int, ...] | None, expected: tuple[int, ...]
 ) -> None:
-    assert choose_mask_coding(found, Classes(num_classes, values=asked)).values == expected
+    assert choose_encoding(found, Classes(num_classes, values=asked)).values == expected
 
 
 @pytest.mark.fault("D6")
@@ -302,7 +302,7 @@ def test_values_that_are_no_class(
 ) -> None:
     examples = {value: Path(f"{value}.png") for value in found}
     with pytest.raises(UserError, match=said) as error:
-        choose_mask_coding(found, Classes(num_classes, values=asked), examples)
+        choose_encoding(found, Classes(num_classes, values=asked), examples)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -310,20 +310,20 @@ def test_values_that_are_no_class(
 def test_decode_names_the_file_and_the_values() -> None:
     raw = np.array([[0, 254, 255]], np.uint8)
     with pytest.raises(UserError, match=r"y\.png.*254"):
-        MaskCoding((0, 255)).decode(raw, Path("y.png"))
+        LabelEncoding((0, 255)).decode(raw, Path("y.png"))
 
 
 @given(st.lists(st.integers(0, 255), min_size=2, max_size=9, unique=True), st.integers(0, 2**32))
 def test_decode_undoes_the_coding(values: list[int], seed: int) -> None:
     classes = np.random.default_rng(seed).integers(0, len(values), (5, 7)).astype(np.uint8)
     raw = np.array(values, np.uint8)[classes]
-    assert np.array_equal(MaskCoding(tuple(values)).decode(raw, Path("x.png")), classes)
+    assert np.array_equal(LabelEncoding(tuple(values)).decode(raw, Path("x.png")), classes)
 
 
 def test_255_is_ignored_where_it_is_no_class() -> None:
     raw = np.array([[0, 1, 255]], np.uint8)
-    assert MaskCoding((0, 1)).decode(raw, Path("x.png")).tolist() == [[0, 1, IGNORE]]
-    assert MaskCoding((0, 1, 255)).decode(raw, Path("x.png")).tolist() == [[0, 1, 2]]
+    assert LabelEncoding((0, 1)).decode(raw, Path("x.png")).tolist() == [[0, 1, IGNORE]]
+    assert LabelEncoding((0, 1, 255)).decode(raw, Path("x.png")).tolist() == [[0, 1, 2]]
 
 
 COLORS = ((255, 255, 255), (0, 0, 255), (128, 128, 128))
@@ -336,7 +336,7 @@ def test_coloured_labels_are_looked_up(mode: str, tmp_path: Path) -> None:
     image = image.quantize(8) if mode == "P" else image.convert(mode)
     path = save(tmp_path / "x.png", image)
     assert np.array_equal(read_label(path, COLORS), classes)
-    coding = MaskCoding((0, 1, 2), colors=COLORS)
+    coding = LabelEncoding((0, 1, 2), colors=COLORS)
     assert np.array_equal(coding.read(path), classes)
     index = save(tmp_path / "index.png", classes.astype(np.uint8))  # the same without colours
     assert np.array_equal(coding.read(index), classes)

@@ -66,7 +66,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from model import restore_model
+from model import SiameseUNet, restore_model
 from pairs.bands import Reading
 from pairs.images import read_image
 from runtime.checkpoint import read_checkpoint
@@ -121,7 +121,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
         UserError: anything the user can mend; then nothing is written.
     """
     config = Config(**given)
-    onnxruntime = _import_onnx()
+    _import_onnx()  # says at once where it is missing
     path = find_model(config.checkpoint)
     state = read_checkpoint(path)
     model = restore_model(state, path).eval().requires_grad_(False)
@@ -137,7 +137,6 @@ def export(given: dict[str, Any]) -> dict[str, float]:
     real = [_read_pair(paths[i], paths[i + 1], reading) for i in range(0, len(paths), 2)]
     with whole_folder(out) as folder:
         print("tracing the model: seconds for most, minutes for a Swin", flush=True)
-        program, onnx = trace(model, config.input)
         about = {
             "task": model.task,
             "num_classes": str(model.num_classes),
@@ -145,20 +144,7 @@ def export(given: dict[str, Any]) -> dict[str, float]:
             "input": config.input,
             "version": VERSION,
         }
-        onnx.model.metadata_props.update(about)
-        onnx.save(folder / names[0], external_data=False)
-        session = onnxruntime.InferenceSession(folder / names[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tensors that share memory
-            torch.export.save(program, folder / names[1])
-            # its guards are about layouts at the traced size; the comparison below decides
-            loaded = torch.export.load(folder / names[1]).module(check_guards=False)
-        runs: dict[str, Run] = {
-            "onnx": lambda before, after: session.run(
-                None, {"before": before.numpy(), "after": after.numpy()}
-            )[0],
-            "pt2": lambda before, after: loaded(before, after).numpy(),
-        }
+        onnx, runs = write_programs(model, config.input, about, *(folder / n for n in names[:2]))
         worst, smallest = compare(model, runs, real, config.input, config.tolerance)
         onnx.model.metadata_props["smallest_side"] = str(smallest["onnx"])
         onnx.save(folder / names[0], external_data=False)
@@ -182,6 +168,31 @@ def export(given: dict[str, Any]) -> dict[str, float]:
         )
     print(f"{out / names[2]}: runs it without PyTorch; python {names[2]} before.png after.png")
     return worst
+
+
+def write_programs(
+    model: SiameseUNet, dtype: str, about: dict[str, str], onnx_file: Path, torch_file: Path
+) -> tuple[Any, dict[str, Run]]:
+    """Trace the model and save both programs.
+
+    Returns:
+        ONNX's, which may be saved again with more to say, and what runs each file.
+    """
+    program, onnx = trace(model, dtype)
+    onnx.model.metadata_props.update(about)
+    onnx.save(onnx_file, external_data=False)
+    session = _import_onnx().InferenceSession(onnx_file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that share memory
+        torch.export.save(program, torch_file)
+        # its guards are about layouts at the traced size; the comparison with the model decides
+        loaded = torch.export.load(torch_file).module(check_guards=False)
+    return onnx, {
+        "onnx": lambda before, after: session.run(
+            None, {"before": before.numpy(), "after": after.numpy()}
+        )[0],
+        "pt2": lambda before, after: loaded(before, after).numpy(),
+    }
 
 
 class Exported(nn.Module):

@@ -33,7 +33,7 @@ def soft_iou(probability: Tensor, target: Tensor, valid: Tensor, smooth: float) 
     """Return the soft IoU of each image.
 
     (sum p t + s) / (sum (p + t - p t) + s), Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22.
-    Without changed pixels it is s / (sum p + s): 1 when nothing is predicted, lower with every false
+    Without changed pixels it is s / (sum p + s): 1 when none is predicted, lower with every false
     alarm, and finite when every pixel is ignored.
 
     Args:

@@ -155,6 +155,7 @@ def numbers_of(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
+@pytest.mark.slow
 def test_what_is_there_stays(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         evaluated(trained, protocols="whole")
@@ -262,6 +263,7 @@ def test_other_data_is_told_apart(trained: Path, tmp_path: Path) -> None:
     assert "OPTIMISTIC: the thresholds with * were chosen on these pairs" in text(report)
 
 
+@pytest.mark.slow
 def test_protocols_that_are_the_same_are_computed_once(trained: Path, tmp_path: Path) -> None:
     single = save_tree(tmp_path / "single", train=1, val=2, test=1)
     report = evaluated(trained, data_dir=str(single))

@@ -174,7 +174,8 @@ def test_more_epochs_after_the_end(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D13")
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_file_that_goes_costs_nothing_once_it_is_back(
     accumulate: int, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -510,6 +510,7 @@ def test_memory_does_not_grow_with_the_height_of_a_scene(tmp_path: Path) -> None
     assert peaks[1] - peaks[0] < pair_size / 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault("U4")
 def test_killed_while_writing_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
     files = geo_pair(tmp_path, 300, 64)
@@ -587,7 +588,7 @@ def test_script_ends_with_one_line_and_2(tmp_path: Path) -> None:
 
 @pytest.mark.fault("U4")
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size there")
-@pytest.mark.parametrize("kilobytes", [1, 100])
+@pytest.mark.parametrize("kilobytes", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_a_disk_that_fills_is_one_line(checkpoint: Path, tmp_path: Path, kilobytes: int) -> None:
     from geo_helpers import write_tif
 

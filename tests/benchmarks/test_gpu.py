@@ -16,6 +16,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", ["trace", *SLOW])
 def test_each_part_writes_its_figures(parts: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--device", "cpu", "--tiny"]

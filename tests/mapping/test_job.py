@@ -76,7 +76,7 @@ def test_parts_hold_every_band_once(shape: tuple[int, int], num_parts: int) -> N
         assert strips == range(above[0] if above else part[0], part.stop)
 
 
-@pytest.mark.parametrize("overlap", [16, 40])
+@pytest.mark.parametrize("overlap", [16, pytest.param(40, marks=pytest.mark.slow)])
 def test_joined_parts_are_the_whole_bit_for_bit(
     checkpoint: Path, dates: list[Path], tmp_path: Path, overlap: int
 ) -> None:
@@ -90,6 +90,7 @@ def test_joined_parts_are_the_whole_bit_for_bit(
     assert not (tmp_path / "2019_parts").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on(
     checkpoint: Path, dates: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +200,7 @@ def test_a_scene_without_any_data(checkpoint: Path, tmp_path: Path) -> None:
 # ---- series
 
 
-@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("flips", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_series_is_its_pairs_and_encodes_a_date_once(
     checkpoint: Path,
     dates: list[Path],
@@ -228,6 +229,7 @@ def test_a_series_is_its_pairs_and_encodes_a_date_once(
     assert len(found) == 2 and num_series < 0.9 * sum(num_encoded)
 
 
+@pytest.mark.slow
 def test_a_series_in_parts_is_joined_and_goes_on(
     checkpoint: Path, dates: list[Path], tmp_path: Path
 ) -> None:

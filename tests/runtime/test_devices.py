@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_precision_is_bf16_where_it_pays_and_never_fp16_by_itself(
 def test_the_rest_answers() -> None:
     assert 0 <= pick_workers(None) <= 8
     assert pick_workers(11, 4) == 11
-    assert "threads" in describe(CPU)
+    assert re.fullmatch(r"cpu \((1 thread|\d+ threads)\)", describe(CPU))
     keep_freed_memory()
 
 

@@ -255,6 +255,7 @@ def normalize_part(folder: Path, rank: int) -> None:
     torch.save((parts, gradients, norm.state_dict()), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_batch_norm_of_two_parts_is_that_of_the_whole(tmp_path: Path) -> None:
     in_two_processes(functools.partial(normalize_part, tmp_path), tmp_path)
     (one, grads, state), (two, more, same) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))

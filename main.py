@@ -147,7 +147,7 @@ if __name__ == "__main__":  # the imports below take seconds; a wrong word is an
 import torch
 
 from losses import build_loss
-from model import build_model
+from model import SiameseUNet, build_model
 from networks.encoders import TIMM
 from networks.weights import load_weights
 from pairs.bands import Reading
@@ -312,6 +312,17 @@ def open_splits(run: Run, given: dict[str, Any], device: torch.device) -> Data:
         )
 
 
+def load_start(
+    config: Config, state: dict[str, Any] | None, model: SiameseUNet, architecture: dict[str, Any]
+) -> str:
+    """Fill a new run's model with what it starts from, and return a phrase that says so."""
+    if state:
+        return str(state["weights"])  # restored later, with all else
+    if config.init:
+        return load_init(model, architecture, config.init)
+    return load_weights(model.encoder, config.backbone, config.weights)
+
+
 def build(
     config: Config, state: dict[str, Any] | None, device: torch.device, amp: str, data: Data
 ) -> Learner:
@@ -325,15 +336,7 @@ def build(
     }
     model = build_model(**architecture, freeze_backbone=False)
     # the other processes get them from rank 0, in `parallel`
-    weights = from_rank_0(
-        lambda: (
-            state["weights"]
-            if state
-            else load_init(model, architecture, config.init)
-            if config.init
-            else load_weights(model.encoder, config.backbone, config.weights)
-        )
-    )
+    weights = from_rank_0(lambda: load_start(config, state, model, architecture))
     is_pretrained = config.weights != "none"
     if is_pretrained if config.freeze_backbone is None else config.freeze_backbone:
         model.encoder.freeze()

@@ -225,9 +225,8 @@ def predict_strips(
     model.eval()
     try:
         _prepare(model, device, precision)
-        sums: list[
-            Tensor
-        ] = []  # (C, rows, W) of each pair from `top` on, of this process's windows
+        # (C, rows, W) of each pair from `top` on, of this process's windows
+        sums: list[Tensor] = []
         for strip in strips:
             # of the first strip one window at least, which tells C
             wanted = _with_data(strip, places) or ([] if sums else [0])

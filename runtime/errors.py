@@ -9,6 +9,7 @@
 """
 
 import errno
+import math
 import os
 import re
 import signal
@@ -70,7 +71,7 @@ class StopRequest:
     def __init__(self, *, is_silent: bool = False) -> None:
         self.signal_number = 0
         self.is_silent = is_silent
-        self._first = 0.0
+        self._first = math.inf
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -91,7 +92,8 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self.signal_number:
-            self.signal_number, self._first = number, time.monotonic()
+            self.signal_number = number  # before any call: in one the echo may come in
+            self._first = time.monotonic()
             if not self.is_silent:
                 line = "\nstopping after this step; again to leave at once"
                 print(line, file=sys.stderr, flush=True)

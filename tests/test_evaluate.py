@@ -329,8 +329,18 @@ def test_a_split_that_is_missing_and_runs_that_do_not_match(
 
 
 @pytest.mark.slow
-def test_the_command_line(trained: Path) -> None:
-    words = [str(trained), "--json", "--no-mlflow", "-j", "0", "--protocols", "whole"]
+def test_the_command_line(tmp_path: Path) -> None:
+    tree = save_tree(tmp_path / "levir", size=(70, 45), train=4, val=3, test=2)
+    train({**TRAINING, "backbone": "resnet18", "data_dir": str(tree), "name": "resnet"})
+    words = [
+        str(tmp_path / "runs" / "resnet"),
+        "--json",
+        "--no-mlflow",
+        "-j",
+        "0",
+        "--protocols",
+        "whole",
+    ]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.load(io.StringIO(done.stdout))["pairs"] == 2

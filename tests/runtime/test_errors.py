@@ -54,6 +54,24 @@ def test_first_signal_is_noted_and_its_echo_ignored(
     assert capsys.readouterr().err.count("stopping after this step") == 1
 
 
+@pytest.mark.fault("R3")
+def test_an_echo_within_the_handler_is_an_echo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    echoes = [signal.SIGINT]
+
+    def look_at_the_clock() -> float:
+        if echoes:
+            os.kill(os.getpid(), echoes.pop())
+        return 10.0
+
+    monkeypatch.setattr("runtime.errors.time.monotonic", look_at_the_clock)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_number == signal.SIGINT and not echoes
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+
+
 @pytest.mark.fault("R27")
 def test_a_run_under_nohup_does_not_hear_the_terminal_close() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

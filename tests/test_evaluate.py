@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_helpers import mask_of, save_tree
 from PIL import Image
-from tiny import TINY, install_tiny
+from tiny import TINY, send_to
 
 import evaluate
 import main
@@ -23,11 +23,9 @@ from main import train
 from pairs.synthetic import sample_set as sample_data
 from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.errors import UserError
-from scoring import counts, data, evaluation, protocols
 from scoring import report as score_report
 from scoring.corruptions import CORRUPTIONS
 from scoring.report import as_json, summarize, text
-from training import splits
 
 SCRIPT = Path(evaluate.__file__)
 FAST: dict[str, Any] = {"device": "cpu", "workers": 0, "mlflow": False, "amp": "off"}
@@ -40,16 +38,6 @@ TRAINING: dict[str, Any] = {
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is written beside the scripts inside the test's folder; patches of 32."""
     send_to(tmp_path, monkeypatch)
-
-
-def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    for script in (main, evaluate):
-        patch.setattr(script, "ROOT", folder)
-    for module in (splits, evaluate, data, protocols):
-        patch.setattr(module, "PATCH_SIZE", 32)
-    install_tiny(patch)
-    patch.setattr(counts, "NUM_RESAMPLES", 50)
-    patch.setattr(evaluation, "NUM_WORST", 2)
 
 
 @pytest.fixture(scope="module")

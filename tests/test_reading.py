@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from data_helpers import save, save_tree
 from PIL import Image
+from tiny import TINY, send_to
 
 import evaluate
-import main
 from main import train
 from runtime.checkpoint import read_checkpoint
 from runtime.errors import UserError
-from scoring import protocols
-from training import splits
 
 FAST: dict[str, Any] = {"device": "cpu", "workers": 0, "mlflow": False, "amp": "off"}
 TRAINING: dict[str, Any] = {
-    **FAST, "backbone": "resnet18", "weights": "none", "crop_size": 32, "batch_size": 2, "epochs": 1
+    **FAST, "backbone": TINY, "weights": "none", "crop_size": 32, "batch_size": 2, "epochs": 1
 }  # fmt: skip
 VAL: dict[str, Any] = {"split": "val", "window": 32, "overlap": 8}
 
@@ -27,13 +25,6 @@ VAL: dict[str, Any] = {"split": "val", "window": 32, "overlap": 8}
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     send_to(tmp_path, monkeypatch)
-
-
-def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    for script in (main, evaluate):
-        patch.setattr(script, "ROOT", folder)
-    for module in (splits, evaluate, protocols):
-        patch.setattr(module, "PATCH_SIZE", 32)
 
 
 @pytest.fixture(scope="module")

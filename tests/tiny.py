@@ -1,11 +1,16 @@
 """A network that trains in a moment, for tests of whole runs that ask nothing of the network."""
 
+from pathlib import Path
+
 import pytest
 from torch import Tensor, nn
 
+import evaluate
+import main
 import model
 from networks.encoders import ENCODERS, Encoder
-from training import catalogue, results
+from scoring import counts, data, evaluation, protocols
+from training import catalogue, results, splits
 
 TINY = "tiny"  # what such a run gives as --backbone
 CHANNELS = 8
@@ -35,3 +40,17 @@ def install_tiny(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(catalogue, "backbones", lambda: (*known, TINY))
     patch.setattr(model, "WIDTHS", dict.fromkeys(strides, CHANNELS))
     patch.setattr(results, "SAMPLES", 1)
+
+
+def send_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Keep what main.py and evaluate.py write beside them in a folder, and both short.
+
+    Patches have 32 pixels a side, the network is tiny, the bootstrap draws 50 times.
+    """
+    for script in (main, evaluate):
+        patch.setattr(script, "ROOT", folder)
+    for module in (splits, evaluate, data, protocols):
+        patch.setattr(module, "PATCH_SIZE", 32)
+    install_tiny(patch)
+    patch.setattr(counts, "NUM_RESAMPLES", 50)
+    patch.setattr(evaluation, "NUM_WORST", 2)

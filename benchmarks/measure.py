@@ -145,14 +145,26 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def save(name: str, results: Mapping[str, Any], arguments: argparse.Namespace) -> Path:
-    """Write a result with all it depends on; the default name is NAME-DEVICE.json."""
+def result_path(name: str, arguments: argparse.Namespace) -> Path:
+    """Return where `save` writes: --output, else NAME-DEVICE.json among the results."""
     device = torch.device(arguments.device)
-    path = arguments.output or RESULTS / f"{name}-{device.type}.json"
+    path: Path = arguments.output or RESULTS / f"{name}-{device.type}.json"
+    return path
+
+
+def commit() -> str:
+    """Return the short name of the commit that is checked out."""
+    return _git("rev-parse", "--short", "HEAD")
+
+
+def save(name: str, results: Mapping[str, Any], arguments: argparse.Namespace) -> Path:
+    """Write a result with all it depends on."""
+    device = torch.device(arguments.device)
+    path = result_path(name, arguments)
     script = Path(sys.argv[0]).name
     content = {
         "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "changed_files": len(_git("status", "--porcelain", "--", "*.py").splitlines()),
         "versions": {
             "python": platform.python_version(),

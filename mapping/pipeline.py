@@ -26,6 +26,7 @@ from networks.sliding_window import Strip, Windows, predict_strips
 from pairs.images import IGNORE
 
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
+_AT_ONCE = 2**17  # pixels whose logits become classes in one go
 
 T = TypeVar("T")
 _thread = threading.local()
@@ -76,11 +77,20 @@ class Decision:
         Raises:
             UserError: the logits are not finite.
         """
-        check_logits(logits)
-        chance = change_probability(logits[None], task=self.task)[0].cpu().numpy()
-        found = predict_classes(logits[None], self.threshold, task=self.task)[0].to(torch.uint8)
-        classes = np.where(valid, found.cpu().numpy(), np.uint8(IGNORE))
-        return code_probability(chance, valid, self.stored), classes.reshape(-1, *valid.shape)
+        size = logits.shape[1:]
+        probability = np.empty(size, dtype=self.stored)
+        classes = np.empty((2 if self.task == "semantic" else 1, *size), dtype=np.uint8)
+        # some rows at a time stay in the processor's cache, and what lies between takes no memory
+        step = max(1, size[0] if logits.is_cuda else _AT_ONCE // size[1])
+        for top in range(0, size[0], step):
+            part = slice(top, top + step)
+            rows = logits[None, :, part]
+            check_logits(rows)
+            chance = change_probability(rows, task=self.task)[0].cpu().numpy()
+            probability[part] = code_probability(chance, valid[part], self.stored)
+            found = predict_classes(rows, self.threshold, task=self.task)[0].to(torch.uint8)
+            classes[:, part] = np.where(valid[part], found.cpu().numpy(), np.uint8(IGNORE))
+        return probability, classes
 
 
 def code_probability(probability: NDArray[np.float32], valid: Bools, dtype: str) -> NDArray[Any]:
@@ -93,29 +103,44 @@ def code_probability(probability: NDArray[np.float32], valid: Bools, dtype: str)
 
 def read_strips(scene: Scene, windows: Windows, strips: range) -> Generator[SceneStrip, None, None]:
     """Read strips from top to bottom, each row once."""
-    held: list[PairRows] = []
+    above: list[PairRows] = []  # of the strip before, the rows that the next one has too
     for number in strips:
         top = windows.tops[number]
         bottom = top + windows.rows
-        overlap = windows.tops[number - 1] + windows.rows - top if held else 0
-        rows = scene.read_pairs(top + overlap, bottom)
-        if overlap:
-            rows = [_below(*both, overlap) for both in zip(held, rows, strict=True)]
-        held = rows
-        has_data = np.any([valid for _, _, valid in rows], axis=0)
-        tensors: dict[int, Tensor] = {}
-        for date in (date for before, after, _ in rows for date in (before, after)):
-            tensors.setdefault(id(date), torch.from_numpy(date))  # what is one array stays one
-        pairs = [(tensors[id(before)], tensors[id(after)]) for before, after, _ in rows]
-        yield SceneStrip(number, pairs, has_data, rows)
+        overlap = above[0][2].shape[0] if above else 0
+        strip = _strip_of(number, above, scene.read_pairs(top + overlap, bottom))
+        if number + 1 < strips.stop:
+            left = bottom - windows.tops[number + 1]
+            above = _each(lambda rows, n=left: rows[..., -n:, :].copy(), strip.read)
+        yield strip
+        del strip  # it is read no more: whoever took it says how long it is held
 
 
-def _below(above: PairRows, rows: PairRows, overlap: int) -> PairRows:
-    """Return the last rows of a strip, and those that follow it."""
-    first, second, third = (
-        np.concatenate([a[..., -overlap:, :], b], axis=-2) for a, b in zip(above, rows, strict=True)
-    )
-    return first, second, third
+def _strip_of(number: int, above: Sequence[PairRows], rows: Sequence[PairRows]) -> SceneStrip:
+    """Join the rows of a strip."""
+    if above:
+        rows = _each(lambda upper, lower: np.concatenate([upper, lower], axis=-2), above, rows)
+    has_data = np.any([valid for _, _, valid in rows], axis=0)
+    tensors = {id(date): torch.from_numpy(date) for pair in rows for date in pair[:2]}
+    pairs = [(tensors[id(before)], tensors[id(after)]) for before, after, _ in rows]
+    return SceneStrip(number, pairs, has_data, rows)
+
+
+def _each(change: Callable[..., Any], *lists: Sequence[PairRows]) -> list[PairRows]:
+    """Change each array of each pair, or what is at one place in several lists, once."""
+    changed: dict[tuple[int, ...], Any] = {}
+
+    def one(*arrays: Any) -> Any:
+        key = tuple(map(id, arrays))
+        if key not in changed:
+            changed[key] = change(*arrays)
+        return changed[key]
+
+    found = []
+    for pairs in zip(*lists, strict=True):
+        before, after, valid = map(one, *pairs)
+        found.append((before, after, valid))
+    return found
 
 
 def predict_scene_bands(

@@ -179,7 +179,7 @@ def predict_bands(
         for number, top in enumerate(windows.tops)
     )
     for strip, (logits,) in predict_strips(model, strips, windows, **options):
-        yield windows.tops[strip.number], logits
+        yield windows.tops[strip.number], logits.clone()
 
 
 def predict_strips(
@@ -211,7 +211,7 @@ def predict_strips(
 
     Yields:
         The strip, and of each pair the logits (C, n, W) of the band that begins with it, float32
-        on the model's device.
+        on the model's device. They are overwritten when the next ones are asked for.
     """
     bands = range(len(windows.tops)) if bands is None else bands
     num_strips = len(windows.strips_of(bands))
@@ -252,8 +252,9 @@ def predict_strips(
                 sums = sums or [torch.zeros(shape, device=device) for _ in strip.pairs]
             top, end = windows.band(strip.number)
             if strip.number in bands:
-                done = [total[:, : end - top].clone() for total in sums]
+                done = [total[:, : end - top] for total in sums]
                 if shared:
+                    done = [total.contiguous() for total in done]
                     all_reduce_(*done)
                 yield strip, done
             for total in sums:  # what is left moves up; the rows that come into reach start at 0

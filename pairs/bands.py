@@ -256,7 +256,9 @@ class Rendering:
         if rows.dtype.kind == "f":
             distinct = list(dict.fromkeys(self.needed.index(b) for b in self.colors))
             valid = valid & np.isfinite(rows[distinct]).all(0)
-        rows = rows[[self.needed.index(b) for b in self.colors]]
+        places = [self.needed.index(b) for b in self.colors]
+        if places != list(range(len(rows))):  # else a copy of all would be for nothing
+            rows = rows[places]
         if self.kind.is_white_zero:
             rows = rows.dtype.type(2**self.kind.bits - 1) - rows
         return rows, valid

@@ -79,7 +79,11 @@ class RasterBands:
         masks = None if out_shape is None else (len(colors), *out_shape)
         try:
             rows = self.source.read(bands, window=window, out_shape=shape)
-            valid = self.source.read_masks(colors, window=window, out_shape=masks).any(0)
+            flags = [self.source.mask_flag_enums[band - 1] for band in colors]
+            if all(len(of) == 1 and of[0].name == "all_valid" for of in flags):
+                valid = np.ones(rows.shape[1:], dtype=bool)
+            else:
+                valid = self.source.read_masks(colors, window=window, out_shape=masks).any(0)
             if self.source.count > len(self.rendering.kind.names):
                 # resampling has added an alpha band, which GDAL takes for one of 2 or 4 alone
                 valid &= self.source.read(self.source.count, window=window, out_shape=out_shape) > 0

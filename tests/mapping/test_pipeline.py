@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mapping.grids import Grid
-from mapping.pipeline import ahead, leave_if_unwanted
+from mapping.pipeline import ahead, leave_if_unwanted, read_strips
 from mapping.rasters import PlainImage, Scene
+from networks.sliding_window import Windows
 from runtime.errors import UserError
 
 
@@ -82,3 +83,20 @@ def test_pairs_of_a_series_are_black_where_one_of_their_two_dates_has_no_data() 
         assert np.array_equal(valid, expected[2:8])
         for rows, date in ((before, first), (after, second)):
             assert np.array_equal(rows, (date.rgb * expected)[:, 2:8])
+
+
+@pytest.mark.parametrize("end_of_holes", [0, 20])
+def test_strips_of_a_series_are_the_rows_of_its_pairs(end_of_holes: int) -> None:
+    dates = [Date(seed, 40, 7) for seed in range(3)]
+    for date in dates:
+        date.valid[end_of_holes:] = True
+    scene, windows = Scene(*dates), Windows(40, 7, window=12, overlap=5)
+    for strip in read_strips(scene, windows, range(len(windows.tops))):
+        top = windows.tops[strip.number]
+        expected = scene.read_pairs(top, top + 12)
+        for rows, pair, of_pair in zip(strip.read, strip.pairs, expected, strict=True):
+            for one, other in zip(rows, of_pair, strict=True):
+                assert np.array_equal(one, other)
+            assert all(np.array_equal(a, b) for a, b in zip(pair, of_pair[:2], strict=True))
+        if not end_of_holes:  # the middle date is read and held once
+            assert strip.pairs[0][1] is strip.pairs[1][0]

@@ -80,7 +80,8 @@ class CombinedIoULoss(nn.Module):
         bce_weight: factor of the cross-entropy, averaged over an image's valid pixels.
         iou_weight: factor of 1 - soft IoU.
         smooth: pixels added to both sides of the IoU's fraction. It sets how hard an image without
-            change is on false alarms: half the loss at `smooth` predicted pixels.
+            change is on false alarms: half the loss at `smooth` predicted pixels. Far above an
+            image's changed pixels, an error weighs the same in each, as in the IoU of a split.
         class_weights: of the cross-entropy, one per class.
     """
 
@@ -220,10 +221,10 @@ class SemanticLoss(nn.Module):
             return self.change(change_logits, changed) + entropy + consistency
 
 
-# (bce_weight, iou_weight, class_weights) -> loss
-LOSSES: dict[str, Callable[[float, float, Sequence[float] | None], nn.Module]] = {
-    "bce_iou": lambda bce, iou, weights: CombinedIoULoss(bce, iou, class_weights=weights),
-    "ce": lambda _bce, _iou, weights: CrossEntropyLoss(weights),
+# (bce_weight, iou_weight, smooth, class_weights) -> loss
+LOSSES: dict[str, Callable[[float, float, float, Sequence[float] | None], nn.Module]] = {
+    "bce_iou": CombinedIoULoss,
+    "ce": lambda _bce, _iou, _smooth, weights: CrossEntropyLoss(weights),
     "dice": lambda *_: DiceLoss(),
     "focal": lambda *_: FocalLoss(),
 }
@@ -235,6 +236,7 @@ def build_loss(
     task: str = "change",
     bce_weight: float = 1.0,
     iou_weight: float = 1.0,
+    iou_smooth: float = SMOOTH,
     class_weights: Sequence[float] | None = None,
 ) -> nn.Module:
     """Return the loss of a name, or the sum of several: "bce_iou+focal".
@@ -244,6 +246,7 @@ def build_loss(
         task: "change", or "semantic": then it is the loss of the change, in a `SemanticLoss`.
         bce_weight: of bce_iou.
         iou_weight: of bce_iou.
+        iou_smooth: of bce_iou, in pixels.
         class_weights: of cross-entropies, one per class; for "semantic" of the land cover.
 
     Raises:
@@ -255,7 +258,8 @@ def build_loss(
             f"choose of {', '.join(LOSSES)}, or a sum such as bce_iou+focal"
         )
     own_weights = None if task == "semantic" else class_weights
-    parts = [LOSSES[part](bce_weight, iou_weight, own_weights) for part in name.split("+")]
+    factors = (bce_weight, iou_weight, iou_smooth)
+    parts = [LOSSES[part](*factors, own_weights) for part in name.split("+")]
     loss = parts[0] if len(parts) == 1 else SumLoss(parts)
     return SemanticLoss(loss, class_weights) if task == "semantic" else loss
 

@@ -93,6 +93,12 @@ class Config:
     )
     bce_weight: float = option(1.0, "factor of the cross-entropy in bce_iou", at_least=0)
     iou_weight: float = option(1.0, "factor of 1 - soft IoU in bce_iou", at_least=0)
+    iou_smooth: float = option(
+        64.0,
+        "pixels added to both sides of soft IoU's fraction; the more, the less do images with "
+        "little change count",
+        above=0,
+    )
 
     epochs: int = option(
         30, "passes over the training split", group="training", above=0, may_change=True
@@ -366,6 +372,7 @@ def build(
             task=config.task,
             bce_weight=config.bce_weight,
             iou_weight=config.iou_weight,
+            iou_smooth=config.iou_smooth,
             class_weights=data.balanced_weights() if config.class_weights == "balanced" else None,
         ).to(device),
         optimizer=optimizer,

@@ -131,7 +131,12 @@ def learn(config: Config, train: Stored, num_views: int, epochs: int) -> Siamese
     """Train a decoder as main.py would, but for the views that repeat."""
     torch.manual_seed(config.seed)
     model = build_model(backbone=BACKBONE, fusion=config.fusion).train()
-    criterion = build_loss(config.loss, bce_weight=config.bce_weight, iou_weight=config.iou_weight)
+    criterion = build_loss(
+        config.loss,
+        bce_weight=config.bce_weight,
+        iou_weight=config.iou_weight,
+        iou_smooth=config.iou_smooth,
+    )
     optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
     num_pairs = len(train.masks) // num_views
     sampler = EpochSampler(num_pairs, config.batch_size, shuffle=True, seed=config.seed)

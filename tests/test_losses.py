@@ -59,6 +59,17 @@ def test_empty_mask_is_finite_and_punishes_false_alarms() -> None:
     assert losses == pytest.approx([0, 0.2, 0.5], abs=1e-5)
 
 
+@pytest.mark.parametrize("smooth", [1.0, 1000.0])
+def test_with_many_pixels_of_smoothing_a_miss_weighs_the_same_in_each_image(smooth: float) -> None:
+    target = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    target[0, 0, :2] = target[1, 0, :8] = 1
+    logits = confident(target)
+    logits[:, :, 0, 0] = -20.0  # one pixel of 2 and one of 8 is missed
+    loss = build_loss("bce_iou", bce_weight=0, iou_smooth=smooth)
+    few, many = (loss(logits[i : i + 1], target[i : i + 1]).item() for i in range(2))
+    assert few / many == pytest.approx((8 + smooth) / (2 + smooth), rel=1e-3)  # 3, and 1.006
+
+
 def test_all_ignored_is_zero_with_a_zero_gradient() -> None:
     logits = torch.randn(2, 1, 8, 8, requires_grad=True)
     loss = CombinedIoULoss()(logits, torch.full((2, 8, 8), 255))

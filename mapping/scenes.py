@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 
 # Rasters have any ending; these are looked for in folders
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".jp2", ".vrt", ".img"}
@@ -45,7 +45,9 @@ def find_scenes(*dates: Path) -> list[Series]:
     alone = [folder[stem] for stem in odd for folder in folders if stem in folder]
     if alone:
         names = ", ".join(str(path) for path in sorted(alone)[:5])
-        raise UserError(f"{len(alone)} files have no partner of their stem: {names}")
+        raise UserError(
+            f"{counted(len(alone), 'file')} without a partner of the same stem: {names}"
+        )
     if not stems:
         raise UserError(f"{dates[0]}: holds no image ({', '.join(sorted(ENDINGS))})")
     return [_series([folder[stem] for folder in folders]) for stem in stems]

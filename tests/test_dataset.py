@@ -236,7 +236,9 @@ class Deadly(FileSource):
 
 
 @pytest.mark.fault("R6")
-@pytest.mark.parametrize(("first", "says"), [("p0", "code 3"), ("q0", "signal 9")])
+@pytest.mark.parametrize(("first", "says"), [
+    pytest.param("p0", "code 3", marks=pytest.mark.slow), ("q0", "signal 9")
+])  # fmt: skip
 def test_a_worker_that_dies_is_one_clear_line(first: str, says: str, tmp_path: Path) -> None:
     files = source_of(tmp_path, [(32, 32)] * 5)
     pairs = [dataclasses.replace(pair, name=f"{first[0]}{i}") for i, pair in enumerate(files.pairs)]

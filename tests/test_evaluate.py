@@ -229,6 +229,7 @@ def test_three_classes(tmp_path: Path) -> None:
     assert_numbers_are_in(text(report), report, at_least=40)
 
 
+@pytest.mark.slow
 def test_semantic_change(tmp_path: Path) -> None:
     sample_data.make_sample_set(
         tmp_path / "sem", kind="semantic", num_pairs={"train": 4, "val": 2, "test": 2}, size=64

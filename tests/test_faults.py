@@ -8,16 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import save_tree
+from data_helpers import no_file_above, save_tree
 from fault_matrix import ROWS, covered_by
 from PIL import Image
 from tiny import TINY, install_tiny
@@ -65,19 +63,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return save_tree(tmp_path / "levir", train=4, val=2)
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """A disk that is full, for everything larger; Python ignores the signal that comes with it."""
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.fault("R4")

@@ -4,6 +4,7 @@ On the synthetic sample set alone a run may take the small encoder whose weights
 train from scratch, and says so loudly. On real data missing weights are an error.
 """
 
+import textwrap
 from collections.abc import Collection
 from typing import Any
 
@@ -42,11 +43,17 @@ def sample_recipe(backbone: str, given: Collection[str]) -> dict[str, Any]:
             if has_package
             else "FROM SCRATCH, all of it learning"
         )
+        notice = (
+            f"NO IMAGENET WEIGHTS OF {backbone}: {error}",
+            f"The sample run goes on {how}, with {as_flags(recipe)}: its scores are not those of "
+            f"{backbone}. On real data this is an error.",
+        )
         rule = "!" * 100
-        print(f"{rule}\n!! NO IMAGENET WEIGHTS OF {backbone}: {error}")
-        print(f"!! The sample run goes on {how}, with {as_flags(recipe)}:")
-        print(f"!! its scores are not those of {backbone}. On real data this is an error.")
-        print(rule)
+        lines = [
+            textwrap.fill(text, 100, initial_indent="!! ", subsequent_indent="!! ")
+            for text in notice
+        ]
+        print(rule, *lines, rule, sep="\n")
         return recipe
     recipe = _without(SMALL_SET, given)
     if recipe:

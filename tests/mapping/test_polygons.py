@@ -173,7 +173,7 @@ def check_by_shapely(features: list[dict[str, Any]]) -> float:
     return total
 
 
-def noise(share: float = 0.5, side: int = 40) -> np.ndarray:
+def noise(share: float = 0.5, side: int = 28) -> np.ndarray:
     return (np.random.default_rng(3).random((side, side)) < share).astype(np.uint8)
 
 
@@ -193,9 +193,9 @@ def test_polygons_of_any_pixel_size_are_valid(tmp_path: Path, pixel: float, shar
 
 @pytest.mark.fault("U12")
 def test_rings_in_rings_and_corners_that_touch_are_valid(tmp_path: Path) -> None:
-    rows, columns = np.mgrid[:60, :60]
-    rings = (np.maximum(abs(columns - 30), abs(rows - 30)) // 3) % 2 == 0
-    touching = np.ones((60, 60), dtype=bool)
+    rows, columns = np.mgrid[:42, :42]
+    rings = (np.maximum(abs(columns - 21), abs(rows - 21)) // 3) % 2 == 0
+    touching = np.ones((42, 42), dtype=bool)
     touching[10:20, 10:20] = touching[20:30, 20:30] = touching[:10, 20:30] = False
     for mask in (rings, touching, (rows + columns) % 2 == 0, rows >= 0):
         features = polygons_of(tmp_path, mask.astype(np.uint8))
@@ -234,7 +234,7 @@ def test_polygons_are_cut_at_180_degrees(tmp_path: Path, kind: str) -> None:
     block[5:35, 5:35] = 1
     block[15:25, 15:25] = 0
     whole = np.ones((40, 40), dtype=np.uint8)
-    for classes in (block, whole, noise()):
+    for classes in (block, whole, noise(side=40)):
         features = polygons_of(tmp_path, classes, crs=crs, transform=transform)
         total = check_by_shapely(features)
         pixels = polygons_of(tmp_path, whole, crs=crs, transform=transform)

@@ -3,12 +3,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 from torch import Tensor, nn
 
 from metrics import change_probability
 from model import build_model
 from networks.sliding_window import blending_weights, predict_bands, predict_logits, starts
 from predict import predict_scene
+
+pytestmark = pytest.mark.usefixtures("tiny_network")
 
 
 class Pointwise(nn.Module):
@@ -36,7 +39,7 @@ sizes = st.integers(1, 70)
 
 
 @pytest.mark.fault("U5")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(sizes, sizes, st.integers(1, 40), st.integers(0, 39), st.integers(1, 5), st.booleans())
 def test_windows_and_whole_agree_at_any_size(
     height: int, width: int, window: int, overlap: int, batch_size: int, flips: bool
@@ -52,7 +55,7 @@ def test_windows_and_whole_agree_at_any_size(
 
 
 @pytest.mark.fault("U5")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 300), st.integers(1, 80), st.integers(0, 79))
 def test_every_pixel_is_covered_and_weights_add_up_to_1(
     length: int, window: int, overlap: int
@@ -69,7 +72,7 @@ def test_every_pixel_is_covered_and_weights_add_up_to_1(
 
 
 @pytest.mark.fault("U5")
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sizes, sizes, st.integers(1, 40), st.integers(0, 39))
 def test_bands_hold_every_row_once_and_strips_are_no_taller_than_a_window(
     height: int, width: int, window: int, overlap: int
@@ -94,7 +97,7 @@ def test_bands_hold_every_row_once_and_strips_are_no_taller_than_a_window(
 
 def test_one_window_is_the_model_itself() -> None:
     torch.manual_seed(0)
-    model = build_model(backbone="resnet18", freeze_backbone=False).eval()
+    model = build_model(backbone=TINY, freeze_backbone=False).eval()
     before, after = scene(50, 70)
     with torch.no_grad():
         expected = change_probability(model(before[None], after[None]))[0]
@@ -117,7 +120,7 @@ def test_no_seam_where_windows_meet() -> None:
 
 def test_flips_make_the_prediction_follow_the_mirrored_scene() -> None:
     torch.manual_seed(0)
-    model = build_model(backbone="resnet18", freeze_backbone=False)
+    model = build_model(backbone=TINY, freeze_backbone=False)
     before, after = scene(64, 64)
 
     def mirrored(flips: bool) -> tuple[Tensor, Tensor]:
@@ -131,7 +134,7 @@ def test_flips_make_the_prediction_follow_the_mirrored_scene() -> None:
 
 @pytest.mark.parametrize("was_training", [True, False])
 def test_model_is_left_as_it_was(was_training: bool) -> None:
-    model = build_model(backbone="resnet18", freeze_backbone=False).train(was_training)
+    model = build_model(backbone=TINY, freeze_backbone=False).train(was_training)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     bands = predict_bands(
         model, lambda a, b: scene(64, 64), 64, 64, window=64, overlap=0, amp="off"
@@ -152,7 +155,7 @@ def test_layouts_and_dtypes_of_an_image_agree() -> None:
         np.ascontiguousarray(after.permute(1, 2, 0).numpy()),
     )
     assert torch.equal(expected, as_arrays)
-    model = build_model(backbone="resnet18", freeze_backbone=False)
+    model = build_model(backbone=TINY, freeze_backbone=False)
     floats = predict_scene(model, before.float() / 255, after.float() / 255, amp="off")
     torch.testing.assert_close(floats, predict_scene(model, before, after, amp="off"))
 
@@ -176,7 +179,7 @@ def test_scenes_that_do_not_fit_are_refused(before: Tensor, options: dict, says:
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_semantic_model_gives_its_change(num_classes: int) -> None:
     model = build_model(
-        task="semantic", backbone="resnet18", num_classes=num_classes, freeze_backbone=False
+        task="semantic", backbone=TINY, num_classes=num_classes, freeze_backbone=False
     )
     before, after = scene(40, 50)
     logits = predict_logits(model, before, after, window=32, overlap=8, amp="off")

@@ -218,6 +218,7 @@ def learn(folder: Path, rank: int) -> None:
     torch.save((model.state_dict(), summary), folder / f"{kind}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("P1", "P5")
 def test_two_processes_learn_the_same_weights(tmp_path: Path) -> None:
     learn(tmp_path, rank=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import save_pair, save_tree
+from tiny import TINY
 
 from dataset import open_dataset
 from model import SiameseUNet, build_model
@@ -15,9 +16,9 @@ from scoring.protocols import PROTOCOLS, Predictor
 
 
 @pytest.fixture(scope="module")
-def model() -> SiameseUNet:
+def model(tiny_network: str) -> SiameseUNet:
     torch.manual_seed(0)
-    return build_model(backbone="resnet18").eval()
+    return build_model(backbone=tiny_network).eval()
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_workers_change_nothing(model: SiameseUNet, source: Source) -> None:
 
 def test_two_dates_of_classes(source: Source) -> None:
     torch.manual_seed(0)
-    semantic = build_model(task="semantic", backbone="resnet18", num_classes=3).eval()
+    semantic = build_model(task="semantic", backbone=TINY, num_classes=3).eval()
 
     class TwoDates(Source):
         pairs, encoding, sizes = source.pairs, source.encoding, source.sizes
@@ -97,7 +98,7 @@ def test_no_room_says_what_to_try(source: Source, model: SiameseUNet) -> None:
         def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model = build_model(backbone="resnet18")
+    model = build_model(backbone=TINY)
     model.__class__ = Greedy
     with pytest.raises(UserError, match="protocol whole.*--protocols patches,sliding"):
         list(Predictor(model).predict(source, "whole"))

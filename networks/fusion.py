@@ -14,6 +14,7 @@ neighbourhood anyway.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,26 @@ class ConvNormReLU(nn.Sequential):
 
     def forward(self, *maps: Tensor) -> Tensor:
         """Turn maps (B, C_i, h, w) into one (B, D, h, w)."""
-        return super().forward(torch.cat(maps, dim=1) if len(maps) > 1 else maps[0])
+        if len(maps) == 1:
+            return super().forward(maps[0])
+        if self.training and maps[0].is_cpu:
+            return self._forward_apart(*maps)
+        return super().forward(torch.cat(maps, dim=1))
+
+    def _forward_apart(self, *maps: Tensor) -> Tensor:
+        """Add up a convolution of each map, which is that of their concatenation.
+
+        The gradient of a concatenated map is a part of each pixel: on a CPU what follows would go
+        through it pixel by pixel.
+        """
+        parts: Any = self
+        conv, norm, activation = parts
+        widths = [x.shape[1] for x in maps]
+        weights = conv.weight.split(widths, dim=1)
+        first, *rest = map(conv._conv_forward, maps, weights, [None] * len(maps))
+        for other in rest:
+            first = first.add_(other)
+        return activation(norm(first))
 
 
 class ConcatFusion(nn.Module):

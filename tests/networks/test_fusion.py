@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.fusion import FUSIONS, WINDOWS, ConcatFusion, CrossAttention, CrossAttentionFusion
+from networks.fusion import (
+    FUSIONS,
+    WINDOWS,
+    ConcatFusion,
+    ConvNormReLU,
+    CrossAttention,
+    CrossAttentionFusion,
+)
 
 STRIDES = (2, 4, 8, 16, 32)
 SYMMETRIC = {"diff"}
@@ -127,3 +135,20 @@ def test_a_look_is_a_distribution_within_the_window() -> None:
     assert seen[:, :3].sum() == 0 and seen[:, :, :8].sum() == 0
     after[:, :, 3, 9] += 10
     assert not torch.allclose(attention.look(before, after, row=4, column=10), seen)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_several_maps_are_trained_as_their_concatenation(kernel_size: int) -> None:
+    block = ConvNormReLU(9, 4, kernel_size)
+    whole = copy.deepcopy(block)
+    maps = [torch.randn(2, channels, 5, 7, requires_grad=True) for channels in (4, 3, 2)]
+    copies = [x.detach().clone().requires_grad_() for x in maps]
+    apart, together = block(*maps), whole(torch.cat(copies, dim=1))
+    torch.testing.assert_close(apart, together)
+    for result in (apart, together):
+        result.square().sum().backward()
+    for ours, theirs in zip(
+        (*maps, *block.parameters()), (*copies, *whole.parameters()), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block.state_dict(), whole.state_dict())

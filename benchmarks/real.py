@@ -18,6 +18,7 @@ import csv
 import importlib.util
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def add(variant: str, row: dict[str, Any], arguments: argparse.Namespace) -> Non
     path = measure.result_path("real", arguments)
     old = json.loads(path.read_text("utf-8")) if path.is_file() else {"variants": {}}
     # whose disk it was is nobody's business
-    command = " ".join(shown(["python", "benchmarks/real.py", *sys.argv[1:]], arguments))
+    command = shlex.join(shown(["python", "benchmarks/real.py", *sys.argv[1:]], arguments))
     row = {"command": command, "commit": measure.commit(), "epochs": arguments.epochs, **row}
     print(json.dumps({variant: row}))
     content = {

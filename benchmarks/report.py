@@ -250,7 +250,8 @@ def as_it_is(result: Mapping[str, Any]) -> str:
 
 def real(result: Mapping[str, Any]) -> str:
     def told(score: Mapping[str, float]) -> str:
-        return f"{score['mean']:.3f} +/- {score['std']:.3f}"
+        spread = f" +/- {score['std']:.3f}" if score["n"] > 1 else ""
+        return f"{score['mean']:.3f}{spread}"
 
     data = result["data"]
     text = (

@@ -50,3 +50,4 @@ def test_a_variant_is_added_to_those_that_are_there(
     assert str(tmp_path) not in arguments.output.read_text()
     page, _ = runpy.run_path(str(FOLDER / "report.py"))["report"](results)
     assert "scenes of a town" in page and "0.500" in page and "0.750" in page
+    assert "0.750 +/-" not in page  # one seed has no spread

@@ -144,6 +144,7 @@ class Job:
             for of_pairs in ready:
                 for maps, band in zip(all_maps, of_pairs, strict=True):
                     maps.write(band)
+                del of_pairs, band  # they hold the rows of a strip
             found = [
                 maps.finish(_about_lines(pair, scene, maps))
                 for maps, pair in zip(all_maps, series, strict=True)
@@ -225,8 +226,9 @@ class Job:
                 bands=bands, after_batch=after_batch, shared=shared, **self.predicting,
             )  # fmt: skip
             with closing(predicted):
-                for band in predicted:
-                    yield band
+                for of_pairs in predicted:
+                    yield of_pairs
+                    del of_pairs  # before the next one is made
                     if shared:  # all have as many bands, but not as many batches
                         leave_if_asked()
 

@@ -24,6 +24,7 @@ from mapping.rasters import Bools, Bytes, PairRows, Scene
 from metrics import change_probability, check_logits, predict_classes
 from networks.sliding_window import Strip, Windows, predict_strips
 from pairs.images import IGNORE
+from runtime.memory import own_pages
 
 PROBABILITY_STEPS = 254  # of uint8; 255 is no data
 _AT_ONCE = 2**17  # pixels whose logits become classes in one go
@@ -119,11 +120,18 @@ def read_strips(scene: Scene, windows: Windows, strips: range) -> Generator[Scen
 def _strip_of(number: int, above: Sequence[PairRows], rows: Sequence[PairRows]) -> SceneStrip:
     """Join the rows of a strip."""
     if above:
-        rows = _each(lambda upper, lower: np.concatenate([upper, lower], axis=-2), above, rows)
+        rows = _each(_below, above, rows)
     has_data = np.any([valid for _, _, valid in rows], axis=0)
     tensors = {id(date): torch.from_numpy(date) for pair in rows for date in pair[:2]}
     pairs = [(tensors[id(before)], tensors[id(after)]) for before, after, _ in rows]
     return SceneStrip(number, pairs, has_data, rows)
+
+
+def _below(upper: NDArray[Any], lower: NDArray[Any]) -> NDArray[Any]:
+    """Return rows (..., n, W) and those that follow them as one array."""
+    *other, height, width = lower.shape
+    joined = own_pages((*other, height + upper.shape[-2], width), lower.dtype)
+    return np.concatenate([upper, lower], axis=-2, out=joined)
 
 
 def _each(change: Callable[..., Any], *lists: Sequence[PairRows]) -> list[PairRows]:
@@ -173,12 +181,20 @@ def predict_scene_bands(
         for strip, logits in predict_strips(
             model, strips, windows, bands=bands, after_batch=or_leave, **options
         ):
-            top, end = windows.band(strip.number)
-            found = []
-            for of_pair, rows in zip(logits, strip.read, strict=True):
-                before, after = (date[:, : end - top] for date in rows[:2])
-                found.append(Band(top, before, after, *decide(of_pair, rows[2][: end - top])))
-            yield found
+            yield _bands_of(strip, logits, windows.band(strip.number), decide)
+            del strip, logits  # memory of a strip, which the next one would not wait for
+
+
+def _bands_of(
+    strip: SceneStrip, logits: Sequence[Tensor], rows: tuple[int, int], decide: Decision
+) -> list[Band]:
+    """Return the band of each pair that begins with a strip."""
+    top, end = rows
+    found = []
+    for of_pair, (before, after, valid) in zip(logits, strip.read, strict=True):
+        decided = decide(of_pair, valid[: end - top])
+        found.append(Band(top, before[:, : end - top], after[:, : end - top], *decided))
+    return found
 
 
 class _Unwanted(Exception):
@@ -219,6 +235,7 @@ def ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
                 return
             room.release()
             yield value
+            del value  # it may be large, and the next one takes its time
     finally:
         stop.set()
         room.release()

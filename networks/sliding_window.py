@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from networks.fused import prediction_copy
 from runtime.devices import Precision, pick_precision
 from runtime.distributed import agree, all_reduce_, share
+from runtime.memory import return_freed_memory
 
 WINDOW = 512
 OVERLAP = 128
@@ -279,6 +280,7 @@ def _prepare(model: nn.Module, device: torch.device, precision: Precision) -> No
         with precision.autocast(device):
             fast = prediction_copy(model, precision.dtype or torch.float32, before, after)
             fast(before, after)
+        return_freed_memory()  # copying and comparing took a hundred megabytes for a moment
 
 
 def _with_data(strip: Strip, places: Sequence[slice]) -> list[int]:

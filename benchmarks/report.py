@@ -139,7 +139,7 @@ def scene(result: Mapping[str, Any]) -> str:
     )
     text = f"`predict.py` on a pair of GeoTIFFs, from reading to polygons; {result['model']}, {result.get('windows', 'windows of 512, overlap 128')}:\n\n"
     head = ("pixels", "seconds", "megapixels/s", "peak memory, GB", "polygons")
-    text += table(head, rows)
+    text += table(head, rows) if result["growth"] else ""
     if turns := result.get("against_network"):
         text += (
             f"\nIn turn with the network alone, {turns['side']:,} x {turns['side']:,}: {turns['share']:.0%} of its "
@@ -285,6 +285,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "loader_shared_machine": ("Loader, on a shared machine", loader),
     "predict": ("Prediction", predict),
     "scene": ("Scenes", scene),
+    "scene_turns": ("Scenes, in turn with the network alone", scene),
     "scene_without_network": ("Scenes, without a network", scene),
     "threads": ("Threads that wait", threads),
     "ranks": ("Several processes", ranks),

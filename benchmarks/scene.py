@@ -2,6 +2,7 @@
 
     python benchmarks/scene.py runs/NAME/best.pt
     python benchmarks/scene.py runs/NAME/best.pt --sizes 2500 5000 10000 20000 --device cuda
+    python benchmarks/scene.py runs/NAME/best.pt --threads 1 --side 3072 --sizes    turns alone
     python benchmarks/scene.py
 
 GeoTIFF pairs of SIZE x SIZE pixels, a mosaic of the synthetic sample set, from reading to polygons
@@ -34,6 +35,7 @@ from networks.sliding_window import predict_bands
 from pairs.synthetic.sample_set import make_pair
 from predict import Config, job_of, predict
 from runtime.checkpoint import read_checkpoint
+from runtime.devices import keep_freed_memory
 
 TILE, NUM_TILES = 512, 8
 
@@ -89,6 +91,7 @@ def against_network(checkpoint: str, side: int, rounds: int, batch_size: int) ->
     """
     model = load_model(checkpoint)
     config = Config("", "", "", batch_size=batch_size)
+    keep_freed_memory(one_arena=True)  # as `predict` does
     rows: dict[str, list[float]] = {"share": [], "network_cpu": [], "other_cpu": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -124,7 +127,7 @@ def against_network(checkpoint: str, side: int, rounds: int, batch_size: int) ->
         f"{side} x {side}: {found['share']:.0%} of the network's own rate; CPU s a megapixel: "
         f"{found['network_cpu']:.2f} of the network, {found['other_cpu']:.2f} of all else"
     )
-    return {"side": side, "rounds": rounds, **found}
+    return {"side": side, "rounds": rounds, **found, "shares": rows["share"]}
 
 
 def main() -> None:
@@ -150,6 +153,8 @@ def main() -> None:
     if arguments.checkpoint and arguments.device == "cpu":
         turns = arguments.side, arguments.rounds, arguments.batch
         about["against_network"] = against_network(arguments.checkpoint, *turns)
+        if not arguments.sizes:
+            measure.save("scene_turns", {**about, "growth": []}, arguments)
     growth = about["growth"] = []
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as temporary:

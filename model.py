@@ -160,9 +160,14 @@ TASKS: dict[str, type[SiameseUNet]] = {"change": SiameseUNet, "semantic": Semant
 
 
 def _dates(both: Tensor) -> tuple[Tensor, Tensor]:
-    """Take (2B, ...) apart; `chunk` of a batch of unknown size cannot be exported."""
+    """Take (2B, ...) apart; `chunk` of a batch of unknown size cannot be exported.
+
+    The gradients of two slices would each be filled up with zeros, and added: where the encoder
+    learns, a quarter of a step.
+    """
     num_pairs = both.shape[0] // 2
-    return both[:num_pairs], both[num_pairs:]
+    before, after = both.split([num_pairs, num_pairs])
+    return before, after
 
 
 def _decoder_and_head(encoder: Encoder, num_logits: int) -> tuple[nn.ModuleList, nn.Conv2d]:

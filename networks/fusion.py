@@ -137,7 +137,8 @@ class CrossAttention(nn.Module):
         seen = seen.transpose(1, 2).flatten(2)  # (2B windows, T, d)
         seen = _from_windows(self.output(seen), both.shape[0], grid, both.shape[-2:])
         both = (both + self.gamma * seen).to(both.dtype)
-        return both[: before.shape[0]], both[before.shape[0] :]
+        before, after = both.split([before.shape[0], after.shape[0]])
+        return before, after
 
     @torch.no_grad()
     def look(self, before: Tensor, after: Tensor, row: int, column: int) -> Tensor:

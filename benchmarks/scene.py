@@ -97,7 +97,7 @@ def against_network(checkpoint: str, side: int, rounds: int, batch_size: int) ->
         folder = Path(temporary)
         write_scene(folder, side)
         pair = ScenePair("scene", folder / "before.tif", folder / "after.tif")
-        config = replace(config, output_dir=str(folder / "out"))
+        config = replace(config, output_dir=str(folder / "out"), overwrite=True)
         job = job_of(config, model, Kinds.of(model.task, model.num_classes, {}))
         with job.open([pair]) as scene:
             before, after, _ = (torch.from_numpy(rows) for rows in scene.read(0, side))

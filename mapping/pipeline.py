@@ -111,8 +111,8 @@ def read_strips(scene: Scene, windows: Windows, strips: range) -> Generator[Scen
         overlap = above[0][2].shape[0] if above else 0
         strip = _strip_of(number, above, scene.read_pairs(top + overlap, bottom))
         if number + 1 < strips.stop:
-            left = bottom - windows.tops[number + 1]
-            above = _each(lambda rows, n=left: rows[..., -n:, :].copy(), strip.read)
+            first = windows.tops[number + 1] - top  # strips without overlap leave no row
+            above = _each(lambda rows, n=first: rows[..., n:, :].copy(), strip.read)
         yield strip
         del strip  # it is read no more: whoever took it says how long it is held
 

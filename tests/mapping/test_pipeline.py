@@ -85,12 +85,12 @@ def test_pairs_of_a_series_are_black_where_one_of_their_two_dates_has_no_data() 
             assert np.array_equal(rows, (date.rgb * expected)[:, 2:8])
 
 
-@pytest.mark.parametrize("end_of_holes", [0, 20])
-def test_strips_of_a_series_are_the_rows_of_its_pairs(end_of_holes: int) -> None:
+@pytest.mark.parametrize(("end_of_holes", "overlap"), [(0, 5), (20, 5), (20, 0)])
+def test_strips_of_a_series_are_the_rows_of_its_pairs(end_of_holes: int, overlap: int) -> None:
     dates = [Date(seed, 40, 7) for seed in range(3)]
     for date in dates:
         date.valid[end_of_holes:] = True
-    scene, windows = Scene(*dates), Windows(40, 7, window=12, overlap=5)
+    scene, windows = Scene(*dates), Windows(40, 7, window=12, overlap=overlap)
     for strip in read_strips(scene, windows, range(len(windows.tops))):
         top = windows.tops[strip.number]
         expected = scene.read_pairs(top, top + 12)

@@ -28,8 +28,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)
     folder = tmp_path_factory.mktemp("run")
-    data = {"class_names": ["no change", "change"]}
-    checkpoint = checkpoint_of(folder / "best.pt", data, backbone="resnet18")
+    checkpoint = checkpoint_of(folder / "best.pt", {"class_names": ["no change", "change"]})
     files = [str(save(folder / f"{i}.png", picture(i, 75, 107))) for i in (1, 2)]
     worst = export.export({"checkpoint": str(checkpoint), "pairs": tuple(files)})
     assert 0 <= worst["pt2"] < 1e-4 and 0 <= worst["onnx"] < 1e-4
@@ -86,11 +85,7 @@ def test_example_runs_without_torch_and_agrees(exported: Path, tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")
 def test_semantic_model_with_cross_attention_is_exported(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(
-        tmp_path / "best.pt",
-        backbone="resnet18",
-        task="semantic",
-        num_classes=3,
-        fusion="cross_attention",
+        tmp_path / "best.pt", task="semantic", num_classes=3, fusion="cross_attention"
     )
     worst = export.export({"checkpoint": str(checkpoint), "input": "float32"})
     assert max(worst.values()) < 1e-4
@@ -160,7 +155,7 @@ def test_without_the_extra_one_line_names_it(
 def test_what_is_there_stays_and_pairs_are_whole(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    checkpoint = checkpoint_of(tmp_path / "best.pt", backbone="resnet18")
+    checkpoint = checkpoint_of(tmp_path / "best.pt")
     with pytest.raises(UserError, match=r"a\.png: has no partner"):
         export.export({"checkpoint": str(checkpoint), "pairs": ("a.png",)})
     (tmp_path / "best.onnx").write_text("mine")

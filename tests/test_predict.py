@@ -14,7 +14,6 @@ import torch
 from data_helpers import no_file_above, picture, save
 from numpy.typing import NDArray
 from PIL import Image
-from tiny import TINY
 from torch import Tensor, nn
 
 import predict
@@ -53,7 +52,7 @@ class SemanticDifference(nn.Module):
 
 def checkpoint_of(path: Path, data: dict[str, Any] | None = None, **kwargs: Any) -> Path:
     torch.manual_seed(0)
-    kwargs = {"backbone": TINY, "freeze_backbone": False, **kwargs}
+    kwargs = {"backbone": "resnet18", "freeze_backbone": False, **kwargs}
     model = build_model(**kwargs)
     assert model.head.bias is not None
     nn.init.constant_(model.head.bias, 0)
@@ -64,7 +63,7 @@ def checkpoint_of(path: Path, data: dict[str, Any] | None = None, **kwargs: Any)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_network: str) -> Path:
-    return checkpoint_of(tmp_path_factory.mktemp("run") / "best.pt")
+    return checkpoint_of(tmp_path_factory.mktemp("run") / "best.pt", backbone=tiny_network)
 
 
 def opened(path: Path) -> Image.Image:

@@ -28,8 +28,7 @@ OPTIONS: dict[str, Any] = {"window": 64, "overlap": 16, "device": "cpu", "thresh
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "best.pt"
-    return checkpoint_of(path, backbone="resnet18", freeze_backbone=True)
+    return checkpoint_of(tmp_path_factory.mktemp("run") / "best.pt", freeze_backbone=True)
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,8 @@ def find_polygons(
         fill_holes: holes of up to so many square metres are filled, unless they hold other change
             or pixels without data.
         simplify: metres; outlines lose corners of triangles smaller than its square. Borders that
-            two polygons share stay shared. 0 keeps all corners.
+            two polygons share stay shared. Polygons that shrink to a line are left out. 0 keeps
+            all corners.
     """
     import rasterio
 
@@ -190,7 +191,8 @@ def find_polygons(
         found, num_left_out = _polygons(source, ground, min_area, fill_holes)
         _add_probabilities(found, source, chances, unit)
     _draw(found, ground, simplify)
-    return found, num_left_out, ground
+    drawn = [polygon for polygon in found if polygon.area > ground.pixel_area / 100]
+    return drawn, num_left_out + len(found) - len(drawn), ground
 
 
 def write_geojson(path: Path, found: Sequence[Polygon], ground: Ground, describe: Describe) -> None:

@@ -50,7 +50,14 @@ def sample_recipe(backbone: str, given: Collection[str]) -> dict[str, Any]:
         )
         rule = "!" * 100
         lines = [
-            textwrap.fill(text, 100, initial_indent="!! ", subsequent_indent="!! ")
+            textwrap.fill(
+                text,
+                100,
+                initial_indent="!! ",
+                subsequent_indent="!! ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
             for text in notice
         ]
         print(rule, *lines, rule, sep="\n")

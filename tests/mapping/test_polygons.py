@@ -272,6 +272,15 @@ def test_simplified_neighbours_share_their_borders(tmp_path: Path) -> None:
     assert shapely.union_all(shapes).area == pytest.approx(whole.area, rel=2e-3)
 
 
+def test_a_polygon_of_which_simplifying_leaves_nothing_costs_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("shapely")
+    rows = ("23311", "33323", "33333", "31132", "32313")
+    classes = np.array([list(row) for row in rows]).astype(np.uint8)
+    place = {"crs": "EPSG:32633", "transform": from_origin(4e5, 5e6, 0.5, 0.5)}
+    exact = polygons_of(tmp_path, classes, **place)
+    assert len(polygons_of(tmp_path, classes, simplify=1.0, **place)) == len(exact) - 1
+
+
 def test_a_geopackage_holds_the_same_in_the_scenes_own_crs(tmp_path: Path) -> None:
     shapely, raw = pytest.importorskip("shapely"), pytest.importorskip("pyogrio.raw")
     from mapping.polygons import find_polygons, write_geopackage

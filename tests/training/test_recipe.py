@@ -41,6 +41,23 @@ def test_without_the_package_or_with_a_chosen_encoder_it_goes_from_scratch(
     assert recipe == {name: value for name, value in FROM_SCRATCH.items() if name not in given}
 
 
+def test_no_line_of_the_notice_ends_within_an_option_or_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = "/a-long-folder" * 9
+
+    def fail(backbone: str) -> Any:
+        raise WeightsUnavailableError(f"no such file: {path}")
+
+    monkeypatch.setattr(weights, "library_weights", fail)
+    monkeypatch.setattr(weights, "package_folder", lambda: None)
+    for backbone in ("r" * length for length in range(1, 40)):
+        recipe = sample_recipe(backbone, {"crop_size"})
+        words = capsys.readouterr().out.replace(",", " ").replace(":", " ").split()
+        flags = {f"--{name.replace('_', '-')}" for name in recipe} - {"--freeze-backbone"}
+        assert {path, "--no-freeze-backbone", *flags} <= set(words)
+
+
 def test_with_weights_the_small_set_still_gets_small_crops(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

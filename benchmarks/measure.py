@@ -35,7 +35,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    arguments.add_argument("--rounds", type=int, default=7, help="of all variants (default: 7)")
+    arguments.add_argument(
+        "--rounds", type=int, default=7, help="of all variants (default: %(default)s)"
+    )
     arguments.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     arguments.add_argument("--only", help="run one variant and print its peak memory")
     arguments.add_argument("-o", "--output", type=Path, help="the JSON file to write")

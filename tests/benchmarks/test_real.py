@@ -51,3 +51,17 @@ def test_a_variant_is_added_to_those_that_are_there(
     page, _ = runpy.run_path(str(FOLDER / "report.py"))["report"](results)
     assert "scenes of a town" in page and "0.500" in page and "0.750" in page
     assert "0.750 +/-" not in page  # one seed has no spread
+
+
+def test_a_finished_run_of_other_options_is_not_taken_for_these(
+    real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "last.pt").touch()
+    state = {"progress": {"epoch": 30}, "config": {"crop_size": 128, "lr": 1e-3}}
+    monkeypatch.setitem(real["train"].__globals__, "read_checkpoint", lambda _: state)
+    arguments = argparse.Namespace(runs=tmp_path, epochs=30)
+    same = ["--crop-size", "128", "--lr", "1e-3"]
+    assert real["train"](arguments, "recipe", same, 0) == tmp_path / "recipe"
+    with pytest.raises(SystemExit, match="--lr: 0.001, now 0.002"):
+        real["train"](arguments, "recipe", ["--lr", "2e-3"], 0)

@@ -95,8 +95,8 @@ class Config:
     iou_weight: float = option(1.0, "factor of 1 - soft IoU in bce_iou", at_least=0)
     iou_smooth: float = option(
         64.0,
-        "pixels added to both sides of soft IoU's fraction; the more, the less do images with "
-        "little change count",
+        "pixels added to both sides of soft IoU's fraction in bce_iou; the more, the less do "
+        "images with little change count",
         above=0,
     )
 

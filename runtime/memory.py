@@ -42,7 +42,10 @@ def own_pages(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.empty(shape, dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size >> 20} MB") from error
     return np.frombuffer(pages, dtype).reshape(shape)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs.layouts import find_pairs, read_folders
+from runtime.config import as_flags
 from runtime.errors import UserError
 from runtime.options import find_model, newest_runs
 
@@ -78,6 +79,13 @@ def check_options(config: Any, is_new: bool = True) -> None:
     check_words(config.backbone, config.fusion, config.loss, config.class_weights, config.task)
     if not is_new:
         return
+    if "bce_iou" not in config.loss.split("+"):
+        usual = type(config)()
+        for name in ("bce_weight", "iou_weight", "iou_smooth"):
+            if (value := getattr(config, name)) != getattr(usual, name):
+                raise UserError(
+                    f"{as_flags({name: value})}: only bce_iou has it, and --loss is {config.loss}"
+                )
     if config.resume:
         check_resume(config.resume, Path(config.output_dir or ROOT / "runs"))
     if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():

@@ -80,3 +80,10 @@ def test_a_start_is_a_run_and_the_only_one(tmp_path: Path) -> None:
         check_options(Config(init="nowhere"))
     with pytest.raises(UserError, match="give one of them"):
         check_options(Config(init=str(tmp_path), weights=str(tmp_path / "best.pt")))
+
+
+@pytest.mark.parametrize("name", ["bce_weight", "iou_weight", "iou_smooth"])
+def test_what_a_loss_does_not_have_is_refused(name: str) -> None:
+    check_options(Config(loss="focal+bce_iou", **{name: 2.0}))
+    with pytest.raises(UserError, match=r"^--\w+-\w+ 2\.0: only bce_iou has it.*--loss is focal$"):
+        check_options(Config(loss="focal", **{name: 2.0}))

@@ -21,8 +21,11 @@ Peers ([peers.py](peers.py)) get bfloat16, channels_last, a fused optimizer and 
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
+    """Return a table of Markdown without the columns in which no row has anything."""
+    rows = list(rows)
+    filled = [line for line in zip(columns, *rows, strict=True) if any(line[1:]) or not rows]
+    head, *body = zip(*filled, strict=True)
+    lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -282,7 +285,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "train_step": ("Training step", train_step),
     "train_step_keep_memory": ("Training step, allocator that keeps freed memory", train_step),
     "loader": ("Loader", loader),
-    "loader_shared_machine": ("Loader, on a shared machine", loader),
     "predict": ("Prediction", predict),
     "scene": ("Scenes", scene),
     "scene_turns": ("Scenes, in turn with the network alone", scene),

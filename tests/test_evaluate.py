@@ -351,6 +351,7 @@ def test_classes_that_changed_places_are_refused(tmp_path: Path) -> None:
         evaluated(tmp_path / "runs" / "c", split="val", protocols="patches")
 
 
+@pytest.mark.slow
 def test_runs_of_other_data_are_told_apart_one_by_one(trained: Path, tmp_path: Path) -> None:
     other = save_tree(tmp_path / "other", size=(40, 40), train=3, val=2, test=2)
     train({**TRAINING, "data_dir": str(other), "name": "o", "epochs": 1})

@@ -92,6 +92,7 @@ def test_semantic_model_with_cross_attention_is_exported(tmp_path: Path) -> None
     assert "1 + 2K" in (tmp_path / "best_onnx.py").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_that_have_to_be_padded_are_exported(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

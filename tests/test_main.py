@@ -484,6 +484,7 @@ def test_the_sample_run_goes_on_from_scratch_and_says_so(
     assert len(rows(tmp_path / "runs" / "s")) == 2
 
 
+@pytest.mark.slow
 def test_with_weights_the_encoder_is_frozen(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

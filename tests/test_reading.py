@@ -82,7 +82,8 @@ def test_another_reading_is_refused_on_resume(deep: Path, other: dict[str, Any])
 
 
 @pytest.mark.fault("U9")
-@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "disk"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "disk"])
 def test_what_lies_under_holes_changes_no_score(tmp_path: Path, cache: str) -> None:
     reports = []
     for seed in (1, 2):

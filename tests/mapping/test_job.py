@@ -128,6 +128,7 @@ def test_a_job_that_was_killed_goes_on(
     assert content(out, "2019") == content(tmp_path / "whole", "2019")
 
 
+@pytest.mark.slow
 def test_parts_of_other_options_or_dates_are_not_joined(
     checkpoint: Path, dates: list[Path], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The list of names: every entry is there, with numbers of its own model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,6 +85,7 @@ def test_a_start_is_a_run_and_the_only_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bce_weight", "iou_weight", "iou_smooth"])
 def test_what_a_loss_does_not_have_is_refused(name: str) -> None:
-    check_options(Config(loss="focal+bce_iou", **{name: 2.0}))
+    given: dict[str, Any] = {name: 2.0}
+    check_options(Config(loss="focal+bce_iou", **given))
     with pytest.raises(UserError, match=r"^--\w+-\w+ 2\.0: only bce_iou has it.*--loss is focal$"):
-        check_options(Config(loss="focal", **{name: 2.0}))
+        check_options(Config(loss="focal", **given))

@@ -116,7 +116,7 @@ import torch
 from model import restore_model
 from pairs.bands import Reading
 from runtime.checkpoint import digest_of, read_checkpoint
-from runtime.devices import describe, keep_freed_memory, pick_device, pick_precision, pick_workers
+from runtime.devices import describe, pick_device, pick_precision, pick_workers
 from runtime.distributed import (
     from_rank_0,
     in_turn,
@@ -127,6 +127,7 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.errors import UserError, counted
+from runtime.memory import keep_freed_memory
 from scoring.data import EvaluationData, check_classes, kind_of, open_data
 from scoring.evaluation import (
     ROBUSTNESS_PROTOCOL,

@@ -164,7 +164,6 @@ from pairs.synthetic.sample_set import choose_data, is_sample
 from runtime.devices import (
     Precision,
     explain_out_of_memory,
-    keep_freed_memory,
     pick_device,
     pick_precision,
 )
@@ -175,6 +174,7 @@ from runtime.distributed import (
     parallel,
     run,
 )
+from runtime.memory import keep_freed_memory
 from runtime.progress import duration
 from runtime.sync_batch_norm import synchronize
 from training.engine import (

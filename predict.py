@@ -133,9 +133,10 @@ from networks.sliding_window import Image, predict_logits
 from pairs.bands import Reading
 from runtime.checkpoint import VERSION, digest_of, read_checkpoint
 from runtime.config import as_dict, as_flags
-from runtime.devices import explain_out_of_memory, keep_freed_memory, pick_device
+from runtime.devices import explain_out_of_memory, pick_device
 from runtime.distributed import agree, from_rank_0, gather, local_rank, rank, run, share, world_size
 from runtime.errors import Interrupted, StopRequest, UserError, counted
+from runtime.memory import keep_freed_memory
 from scoring.record import stored_threshold
 
 SYNTHETIC = (

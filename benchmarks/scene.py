@@ -35,7 +35,7 @@ from networks.sliding_window import predict_bands
 from pairs.synthetic.sample_set import make_pair
 from predict import Config, job_of, predict
 from runtime.checkpoint import read_checkpoint
-from runtime.devices import keep_freed_memory
+from runtime.memory import keep_freed_memory
 
 TILE, NUM_TILES = 512, 8
 

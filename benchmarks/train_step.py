@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from losses import CombinedIoULoss
 from metrics import Confusion
 from model import Encoder, build_model
-from runtime.devices import Precision, keep_freed_memory
+from runtime.devices import Precision
 from runtime.distributed import parallel
 from runtime.figures import Picture, save_figure
+from runtime.memory import keep_freed_memory
 from training.engine import Progress, build_optimizer, train_one_epoch, warmup_cosine
 
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -1,7 +1,5 @@
 """What this machine offers: the device, a precision that pays there, workers, memory that stays."""
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,28 +110,6 @@ def explain_out_of_memory(used: str, remedy: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not is_cpu:
             raise
         raise UserError(f"out of memory with {used}; try {remedy}") from None
-
-
-def keep_freed_memory(*, one_arena: bool = False) -> None:
-    """Ask glibc to keep large freed blocks for the next step instead of returning them.
-
-    Without it each step's activations are mapped and zeroed anew, which costs some 15 % where a
-    ResNet50 learns on two cores (benchmarks/README.md; `mallopt(3)`; a no-op on other C libraries).
-
-    Args:
-        one_arena: threads share what is kept; a scene then takes 0.1 to 0.2 GB less.
-    """
-    if sys.platform != "linux":
-        return
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-        if one_arena:
-            libc.mallopt(m_arena_max, 1)
-    except (OSError, AttributeError):  # musl
-        return
 
 
 def _device_of_process(name: str, local_rank: int) -> torch.device:

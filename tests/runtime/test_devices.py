@@ -5,7 +5,6 @@ import torch
 
 from runtime.devices import (
     describe,
-    keep_freed_memory,
     pick_device,
     pick_precision,
     pick_workers,
@@ -53,7 +52,6 @@ def test_the_rest_answers() -> None:
     assert 0 <= pick_workers(None) <= 8
     assert pick_workers(11, 4) == 11
     assert re.fullmatch(r"cpu \((1 thread|\d+ threads)\)", describe(CPU))
-    keep_freed_memory()
 
 
 def test_a_gpu_gets_its_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

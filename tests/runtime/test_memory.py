@@ -3,7 +3,7 @@ import mmap
 import numpy as np
 import pytest
 
-from runtime.memory import own_pages
+from runtime.memory import keep_freed_memory, own_pages, return_freed_memory
 
 
 def test_arrays_of_their_own_pages_are_arrays_like_others() -> None:
@@ -21,3 +21,27 @@ def test_no_memory_for_pages_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mmap, "mmap", full)
     with pytest.raises(MemoryError, match="no memory for 64 MB"):
         own_pages((64, 1024, 1024), np.uint8)
+
+
+@pytest.mark.parametrize("has_glibc", [True, False])
+def test_freed_memory_is_kept_and_returned_where_there_is_glibc(
+    has_glibc: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, int]] = []
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            if not has_glibc:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def mallopt(self, parameter: int, value: int) -> None:
+            asked.append((parameter, value))
+
+        def malloc_trim(self, pad: int) -> None:
+            asked.append(("trim", pad))
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    keep_freed_memory(one_arena=True)
+    return_freed_memory()
+    expected = [(-3, 2**30), (-1, 2**31 - 1), (-8, 1), ("trim", 0)]
+    assert asked == (expected if has_glibc else [])

@@ -49,18 +49,12 @@ def sample_recipe(backbone: str, given: Collection[str]) -> dict[str, Any]:
             f"{backbone}. On real data this is an error.",
         )
         rule = "!" * 100
-        lines = [
-            textwrap.fill(
-                text,
-                100,
-                initial_indent="!! ",
-                subsequent_indent="!! ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for text in notice
-        ]
-        print(rule, *lines, rule, sep="\n")
+        # an option or a path is never cut in two
+        lines = textwrap.TextWrapper(
+            100, initial_indent="!! ", subsequent_indent="!! ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        print(rule, *map(lines.fill, notice), rule, sep="\n")
         return recipe
     recipe = _without(SMALL_SET, given)
     if recipe:

@@ -40,6 +40,7 @@ import measure
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import batch_of, flops_per_pair, ours, train, variants
 
@@ -312,8 +313,11 @@ def told(events: Any, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Return launches and waits per step, and milliseconds per step of the dearest operators."""
     on_gpu = device.type == "cuda"
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    names = {"launches": "cudaLaunchKernel", "waits": "cudaStreamSynchronize"}
+    # cuDNN and cuBLAS launch through the driver: cuLaunchKernelEx
+    names = {"launches": ("cudaLaunchKernel", "cuLaunchKernel"), "waits": "cudaStreamSynchronize"}
     counts = {n: sum(e.count for e in events if e.key.startswith(k)) for n, k in names.items()}
+    # an operator has the time of its kernels, which are listed themselves, too
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     dearest = sorted(events, key=lambda event: -getattr(event, time_of))[:30]
     return {
         **{name: count / steps for name, count in counts.items()},

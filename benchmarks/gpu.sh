@@ -13,15 +13,14 @@ if [ "${1:?fetch, or a folder for the results}" = fetch ]; then
         --implementation cp --python-version "${PYTHON_VERSION:-3.12}" \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
-        rasterio affine click-plugins cligj shapely segmentation-models-pytorch
+        rasterio affine attrs certifi click click-plugins cligj shapely segmentation-models-pytorch
     ls -sh .wheels
     exit
 fi
 
 if compgen -G ".wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
-        --target "$site" .wheels/*.whl
+    for wheel in .wheels/*.whl; do python3 -m zipfile -e "$wheel" "$site"; done  # needs no pip
     export PYTHONPATH="$site"
 fi
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"

@@ -141,7 +141,7 @@ class SceneMaps:
         layers = ["classes_before", "classes_after"] if kinds.task == "semantic" else ["mask"]
         self.has_polygons = grid.has_place and output.polygons != "none"
         if self.has_polygons:
-            check_installed(scene.dates[0].path)
+            check_installed(scene.dates[0].path, output.polygons)
         self.probability: PngMap | GeoTiffMap
         self.masks: list[PngMap | GeoTiffMap]
         if scene.is_plain:

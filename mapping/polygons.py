@@ -248,13 +248,16 @@ def write_geopackage(
     )
 
 
-def check_installed(path: Path) -> None:
-    """Raise UserError, naming a scene, if what draws polygons is not installed."""
-    for name in ("pyogrio", "shapely"):  # imported where they are used: pyogrio takes a second
+def check_installed(path: Path, form: str) -> None:
+    """Raise UserError, naming a scene, if what draws polygons in a form is not installed."""
+    needed = {"shapely": "none"}
+    if form in ("gpkg", "both"):
+        needed["pyogrio"] = "geojson"
+    for name, other in needed.items():  # imported where they are used: pyogrio takes a second
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"{path}: polygons need {name}: pip install -r requirements-geo.txt, "
-                "or --polygons none"
+                f"{path}: --polygons {form} needs {name}: pip install -r requirements-geo.txt, "
+                f"or --polygons {other}"
             )
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapping.polygons import signed_area, write_polygons
+from mapping.polygons import check_installed, signed_area, write_polygons
+from runtime.errors import UserError
 
 rasterio = pytest.importorskip("rasterio")
 from geo_helpers import write_tif  # noqa: E402
@@ -279,6 +280,29 @@ def test_a_polygon_of_which_simplifying_leaves_nothing_costs_no_other(tmp_path: 
     place = {"crs": "EPSG:32633", "transform": from_origin(4e5, 5e6, 0.5, 0.5)}
     exact = polygons_of(tmp_path, classes, **place)
     assert len(polygons_of(tmp_path, classes, simplify=1.0, **place)) == len(exact) - 1
+
+
+@pytest.mark.parametrize(
+    ("form", "missing", "remedy"),
+    [
+        ("geojson", "pyogrio", None),
+        ("gpkg", "pyogrio", "geojson"),
+        ("both", "pyogrio", "geojson"),
+        ("geojson", "shapely", "none"),
+        ("both", "shapely", "none"),
+    ],
+)
+def test_polygons_ask_for_what_their_form_needs(
+    form: str, missing: str, remedy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mapping.polygons.importlib.util.find_spec", lambda name: None if name == missing else name
+    )
+    if remedy is None:
+        check_installed(Path("x.tif"), form)
+        return
+    with pytest.raises(UserError, match=rf"{form} needs {missing}: .*--polygons {remedy}$"):
+        check_installed(Path("x.tif"), form)
 
 
 def test_a_geopackage_holds_the_same_in_the_scenes_own_crs(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ from training.recipe import sample_recipe
 from training.results import Results, describe_run
 from training.run import Run, open_run
 from training.splits import Data, open_data
+from training.step import Step
 
 
 def train(given: dict[str, Any]) -> dict[str, float]:
@@ -252,10 +253,10 @@ def fit(run: Run, learner: Learner, data: Data, results: Results) -> None:
             )
             on_val, histogram = evaluate(
                 learner.model,
-                learner.criterion,
+                learner.step.criterion,
                 data.val,
                 confusion=confusion,
-                precision=learner.precision,
+                precision=learner.step.precision,
             )
             seconds = (time.monotonic() - began) / max(epoch - done_before, 1 / len(data.train))
             left = seconds * (config.epochs - epoch)
@@ -362,22 +363,22 @@ def build(
         warmup_steps=round(config.warmup_epochs * num_updates),
         total_steps=config.epochs * num_updates,
     )
+    criterion = build_loss(
+        config.loss,
+        task=config.task,
+        bce_weight=config.bce_weight,
+        iou_weight=config.iou_weight,
+        iou_smooth=config.iou_smooth,
+        class_weights=data.balanced_weights() if config.class_weights == "balanced" else None,
+    )
+    in_training = parallel(model, device, has_idle_weights=config.backbone.startswith(TIMM))
     return Learner(
         model=model,
-        ddp_model=parallel(model, device, has_idle_weights=config.backbone.startswith(TIMM)),
+        step=Step(in_training, criterion.to(device), Precision.named(amp, device)),
         model_kwargs={**architecture, "freeze_backbone": model.encoder.frozen},
         weights=weights,
-        criterion=build_loss(
-            config.loss,
-            task=config.task,
-            bce_weight=config.bce_weight,
-            iou_weight=config.iou_weight,
-            iou_smooth=config.iou_smooth,
-            class_weights=data.balanced_weights() if config.class_weights == "balanced" else None,
-        ).to(device),
         optimizer=optimizer,
         scheduler=scheduler,
-        precision=Precision.named(amp, device),
         progress=Progress(data.confusion(device)),
         batch_size=config.batch_size,
         accumulate=config.accumulate,

@@ -31,6 +31,7 @@ from runtime.distributed import parallel
 from runtime.figures import Picture, save_figure
 from runtime.memory import keep_freed_memory
 from training.engine import Progress, build_optimizer, train_one_epoch, warmup_cosine
+from training.step import Step
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -64,8 +65,9 @@ def naive(device: torch.device, batch: Batch, steps: int) -> Work:
 
 
 def train(
-    model: nn.Module, device: torch.device, batch: Batch, steps: int, amp: str = "bf16"
-) -> Work:
+    model: nn.Module, device: torch.device, batch: Batch, steps: int, amp: str = "bf16", *,
+    may_capture: bool = True,
+) -> Work:  # fmt: skip
     """Train a model with the engine's own loop; `batch` is this process's part."""
     model.to(device)
     if hasattr(model, "encoder") and isinstance(model.encoder, Encoder):
@@ -75,16 +77,15 @@ def train(
     scheduler = warmup_cosine(optimizer, warmup_steps=1, total_steps=10**6)
     criterion, precision = CombinedIoULoss(), Precision.named(amp, device)
     ddp_model = parallel(model, device, has_idle_weights=False)
+    step = Step(ddp_model, criterion, precision, may_capture=may_capture)
 
     def work() -> float:
         train_one_epoch(
-            ddp_model,
-            criterion,
+            step,
             [batch] * steps,
             optimizer,
             scheduler,
             Progress(Confusion(1, device)),
-            precision=precision,
             num_batches=steps,
         )
         return float(steps * len(batch[2]))
@@ -134,6 +135,10 @@ def variants(arguments: Any, device: torch.device, steps: int) -> dict[str, Call
             ours(freeze_backbone=False), device, batch, steps
         ),
     }
+    if device.type == "cuda":
+        found["ours, no CUDA graph"] = lambda: train(
+            ours(), device, batch, steps, may_capture=False
+        )
     if arguments.compile:
         found["ours, compiled"] = compiled
     for name, build in PEERS.items():

@@ -74,9 +74,10 @@ class Precision:
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         return cls(dtype, scaler)
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the context of a forward pass."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
+    def autocast(self, device: torch.device, *, cache: bool = True) -> torch.autocast:
+        """Return the context of a forward pass; `cache`: a weight is cast once, not at each use."""
+        is_on = self.dtype is not None
+        return torch.autocast(device.type, self.dtype, enabled=is_on, cache_enabled=cache)
 
 
 def describe(device: torch.device) -> str:

@@ -31,6 +31,7 @@ from runtime.devices import Precision, explain_out_of_memory, pick_device
 from runtime.errors import UserError
 from training.engine import Progress, _update, build_optimizer, evaluate, train_one_epoch
 from training.engine import warmup_cosine as schedule
+from training.step import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = [("change", 1), ("change", 3), ("semantic", 4)]
@@ -64,7 +65,7 @@ class Job:
 
     def __init__(
         self, device: torch.device, amp: str = "off", *, task: str = "change",
-        num_classes: int = 1, freeze_backbone: bool = True,
+        num_classes: int = 1, freeze_backbone: bool = True, may_capture: bool = True,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.device = device
@@ -72,23 +73,24 @@ class Job:
             task=task, backbone="resnet18", num_classes=num_classes,
             freeze_backbone=freeze_backbone,
         ).to(device)  # fmt: skip
-        self.called: nn.Module = self.model
         weights = [1.0] * max(num_classes, 2 if task == "change" else 1)
-        self.criterion = build_loss("bce_iou", task=task, class_weights=weights).to(device)
+        criterion = build_loss("bce_iou", task=task, class_weights=weights).to(device)
         self.optimizer = build_optimizer(self.model, lr=1e-3, weight_decay=1e-2)
         self.scheduler = schedule(self.optimizer, warmup_steps=1, total_steps=10)
-        self.precision = Precision.named(amp, device)
+        self.step = Step(
+            self.model, criterion, Precision.named(amp, device), may_capture=may_capture
+        )
         self.progress = Progress(build_confusion(task, num_classes, device))
 
-    def train(self, batches: Any, number: int) -> dict[str, float]:
+    def train(self, batches: Any, number: int, accumulate: int = 1) -> dict[str, float]:
         return train_one_epoch(
-            self.called, self.criterion, batches, self.optimizer, self.scheduler, self.progress,
-            precision=self.precision, num_batches=number, clip_norm=1.0,
+            self.step, batches, self.optimizer, self.scheduler, self.progress,
+            num_batches=number, clip_norm=1.0, accumulate=accumulate,
         )  # fmt: skip
 
     def logits(self, batch: Batch) -> Tensor:
         self.model.eval()
-        with torch.no_grad(), self.precision.autocast(self.device):
+        with torch.no_grad(), self.step.precision.autocast(self.device):
             before, after = (x.to(self.device) for x in batch[:2])
             return self.model(before, after).float().cpu()
 
@@ -114,6 +116,31 @@ def test_a_gpu_computes_and_learns_as_the_cpu_does(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("task", "num_classes"), TASKS)
+def test_a_step_as_one_graph_learns_the_same(
+    device: torch.device, task: str, num_classes: int, frozen: bool, accumulate: int
+) -> None:
+    """Two batches in turns, a short one at the end: the graph reads each anew, and lets it be."""
+    batch = batch_of(task, num_classes)
+    other, short = [x.flip(0) for x in batch], [x[:1] for x in batch]
+    batches = [batch, other] * 4 + [short]
+    options: dict[str, Any] = {"task": task, "num_classes": num_classes, "freeze_backbone": frozen}
+    jobs = [Job(device, **options, may_capture=may) for may in (False, True)]
+    scores = [job.train(batches, len(batches), accumulate) for job in jobs]
+    if device.type == "cuda":
+        assert jobs[1].step.keeps_gradients
+    assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=2e-3)
+    plain, graphed = (job.model.state_dict() for job in jobs)
+    for name, tensor in plain.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(graphed[name], tensor)
+        elif name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(graphed[name], tensor, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_stays_near_and_learns(device: torch.device, amp: str) -> None:
     batch = batch_of("change", 1)
@@ -129,7 +156,7 @@ def test_the_frozen_encoder_has_a_folded_copy(device: torch.device) -> None:
     job = Job(device, "bf16")
     backbone = job.model.encoder.backbone
     image = torch.rand(2, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), job.precision.autocast(device):
+    with torch.no_grad(), job.step.precision.autocast(device):
         copied = fast_copy(backbone, torch.bfloat16, image[:1])
     assert copied is not None
     assert not any(isinstance(module, nn.BatchNorm2d) for module in copied.modules())
@@ -158,8 +185,8 @@ def test_no_step_waits_for_the_gpu(
         job.train(watched(batch, 6), 6)
         confusion = build_confusion(task, num_classes, device)
         evaluate(
-            job.model, job.criterion, watched(batch, 6), confusion=confusion,
-            precision=job.precision,
+            job.model, job.step.criterion, watched(batch, 6), confusion=confusion,
+            precision=job.step.precision,
         )  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -175,9 +202,10 @@ def test_one_process_under_ddp_learns_as_one_without(device: torch.device, tmp_p
     )
     try:
         ids = [device.index or 0] if device.type == "cuda" else None
-        wrapped.called = nn.parallel.DistributedDataParallel(
+        ddp_model = nn.parallel.DistributedDataParallel(
             wrapped.model, device_ids=ids, gradient_as_bucket_view=True
         )
+        wrapped.step = Step(ddp_model, wrapped.step.criterion, wrapped.step.precision)
         losses = [job.train([batch] * 2, 2)["loss"] for job in (alone, wrapped)]
         counts = torch.ones(3, dtype=torch.int64, device=device)
         dist.all_reduce(counts)
@@ -290,7 +318,7 @@ def test_no_operator_of_a_step_makes_the_host_wait(task: str, num_classes: int) 
     """The backward pass is left out: PyTorch does not follow it without a real GPU."""
     device, real = torch.device("cuda"), Job(torch.device("cpu"), task=task,
                                              num_classes=num_classes)  # fmt: skip
-    model, criterion = copy.deepcopy(real.model), copy.deepcopy(real.criterion)
+    model, criterion = copy.deepcopy(real.model), copy.deepcopy(real.step.criterion)
     model.encoder.requires_grad_(True).frozen = False  # a frozen one is compared with its copy
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         as_if_on(device, model)
@@ -308,7 +336,7 @@ def test_no_operator_of_a_step_makes_the_host_wait(task: str, num_classes: int) 
             histogram.update(logits, target, task=task)
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
-            _update(optimizer, scheduler, real.precision.scaler, 1.0, progress)
+            _update(optimizer, scheduler, real.step.precision.scaler, 1.0, progress)
         assert waits.number > 200 and not waits.found
         with Waits() as waits, suppress(Exception):  # there are no numbers to answer with
             logits.max().item()

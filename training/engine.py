@@ -27,10 +27,9 @@ from runtime.distributed import all_reduce_, no_sync, rank, summand, world_size
 from runtime.errors import DivergedError, UserError
 from runtime.options import find_model
 from runtime.progress import Bar, duration
+from training.step import Batch, Step
 
 CHECK_EVERY = 32
-
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Progress:
@@ -95,14 +94,12 @@ class Progress:
 
 
 def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
+    step: Step,
     loader: Iterable[Batch],
     optimizer: Optimizer,
     scheduler: LRScheduler,
     progress: Progress,
     *,
-    precision: Precision,
     num_batches: int,
     batch_size: int | None = None,
     accumulate: int = 1,
@@ -112,13 +109,11 @@ def train_one_epoch(
     """Train on what is left of the epoch that `progress` stands in.
 
     Args:
-        model: `(before, after) -> logits`.
-        criterion: `(logits, target) -> scalar`.
+        step: what is computed of a batch, with the model, the criterion and the precision.
         loader: the batches from `progress.batch` on.
         optimizer: fused; steps once per `accumulate` batches, or fewer at the epoch's end.
         scheduler: steps with the optimizer, and not when float16's scaler skipped a step.
         progress: updated in place.
-        precision: precision of the forward pass.
         num_batches: batches of the whole epoch.
         batch_size: pairs in a batch, of all processes together, for these may have unequal parts.
         accumulate: batches per update.
@@ -131,24 +126,22 @@ def train_one_epoch(
     Raises:
         DivergedError: the loss or its gradient is not finite; that step was not applied.
     """
-    device, scaler = progress.device, precision.scaler
-    model.train()
+    device = progress.device
+    step.model.train()
     for batch in loader:
         before, after, target = _on(device, batch)
         group_start = progress.batch - progress.batch % accumulate
         group_size = min(accumulate, num_batches - group_start)
         is_update = progress.batch + 1 - group_start == group_size
         weight = len(target) * world_size() / batch_size if batch_size else 1.0
-        with nullcontext() if is_update else no_sync(model):
-            with precision.autocast(device):
-                logits = model(before, after)
-                loss = criterion(logits, target) * weight
-            scaler.scale(loss / group_size).backward()
-        progress.loss_sum += loss.detach()
-        progress.confusion.update(logits.detach(), target)
+        with nullcontext() if is_update else no_sync(step.model):
+            logits, loss = step((before, after, target), weight, group_size)
+        progress.loss_sum += loss
+        progress.confusion.update(logits, target)
         progress.batch += 1
         if is_update:
-            _update(optimizer, scheduler, scaler, clip_norm, progress)
+            _update(optimizer, scheduler, step.precision.scaler, clip_norm, progress)
+            optimizer.zero_grad(set_to_none=not step.keeps_gradients)
             if device.type == "cpu" or -(-progress.batch // accumulate) % CHECK_EVERY == 0:
                 check_finite(progress)
             after_update(progress)
@@ -188,7 +181,6 @@ def _update(
         optimizer.step()
         progress.num_bad += bad
         scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def check_finite(progress: Progress) -> None:
@@ -253,16 +245,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Learner:
-    """The model and all that changes it; `ddp_model` is what to call in training."""
+    """The model and all that changes it; in training `step` calls it, in DDP's hands if need be."""
 
     model: SiameseUNet
-    ddp_model: nn.Module
+    step: Step
     model_kwargs: dict[str, Any]
     weights: str  # that the encoder began with, in words
-    criterion: nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
-    precision: Precision
     progress: Progress
     batch_size: int  # pairs in a batch, of all processes together
     accumulate: int  # batches per update
@@ -274,7 +264,7 @@ class Learner:
             "model": self.model,
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
-            "scaler": self.precision.scaler,
+            "scaler": self.step.precision.scaler,
             "progress": self.progress,
         }
 
@@ -316,13 +306,11 @@ def learn_epoch(
             after_update()
 
         scores = train_one_epoch(
-            learner.ddp_model,
-            learner.criterion,
+            learner.step,
             loader,
             learner.optimizer,
             learner.scheduler,
             progress,
-            precision=learner.precision,
             num_batches=num_batches,
             batch_size=in_batch,
             accumulate=learner.accumulate,

@@ -41,7 +41,7 @@ STRIP = 3  # samples in the picture of the trackers, which they show a few hundr
 def describe_run(run: Run, learner: Learner, data: Data) -> str:
     """Return the lines that stand before the first epoch."""
     learning, total = count_parameters(learner.model)
-    dtype = learner.precision.dtype or torch.float32
+    dtype = learner.step.precision.dtype or torch.float32
     processes = f", each of {world_size()} processes" if world_size() > 1 else ""
     updates = -(-len(data.train) // run.config.accumulate) * run.config.epochs
     few = (

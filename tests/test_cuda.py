@@ -130,7 +130,9 @@ def test_a_step_as_one_graph_learns_the_same(
     jobs = [Job(device, **options, may_capture=may) for may in (False, True)]
     scores = [job.train(batches, len(batches), accumulate) for job in jobs]
     if device.type == "cuda":
-        assert jobs[1].step.keeps_gradients
+        graph, encoder = jobs[1].step._graph, jobs[1].model.encoder
+        assert graph and jobs[1].step.keeps_gradients
+        assert not frozen or any(copied is encoder._fast for copied in graph.copies)
     assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=2e-3)
     plain, graphed = (job.model.state_dict() for job in jobs)
     for name, tensor in plain.items():

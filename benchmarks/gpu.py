@@ -56,7 +56,7 @@ def parts() -> dict[str, tuple[Callable[[argparse.Namespace], None], int]]:
     """Return what there is to do, and the most seconds that each part may take."""
     return {
         "tests": (tests, 150),
-        "step": (step, 110),
+        "step": (step, 150),
         "peers": (peers, 90),
         "run": (run, 150),
         "scene": (scene, 100),
@@ -70,6 +70,7 @@ def tests(arguments: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "tests/test_cuda.py"]
     command += ["-vv", "--tb=short", "-n"]  # one v undoes the q of pyproject.toml
     command += ["0", "-k", "full"] if arguments.tiny else ["4"]
+    command += ["-p", "no:benchmark"]  # where it is installed, it warns of the processes
     lines: list[str] = []
     with subprocess.Popen(
         command,

@@ -1,13 +1,15 @@
 """A fast copy of a network that does not learn: what follows a convolution is done within it.
 
-    convolution, BatchNorm                 one convolution, with the BatchNorm in its weights
-    ..., sum, ReLU or the like             one operator of oneDNN that ends with them (CPU alone)
-    linear layer, GELU                     the same
+    convolution, BatchNorm             one convolution, with the BatchNorm in its weights
+    ..., sum, ReLU or the like         one operator that ends with them: of oneDNN on a CPU, of
+                                       cuDNN on a GPU, there ReLU alone
+    linear layer, GELU                 the same, on a CPU
 
-On a CPU, ReLU and sum as passes over the memory take half of a ResNet50's time in bfloat16.
-PyTorch keeps the operators that end with them for its own compiler (torch.ops.mkldnn): they are
-private and may change. So a copy is compared with its network at first use, and where it differs
-or fails, the network itself computes. `torch.fx` finds the places to fuse.
+ReLU and sum as passes over the memory take half of a ResNet50's time in bfloat16, on a CPU and on
+an H100 alike. PyTorch keeps the operators that end with them for its own compilers
+(torch.ops.mkldnn, torch.cudnn_convolution_relu): they are private and may change. So a copy is
+compared with its network at first use, and where it differs or fails, the network itself computes.
+`torch.fx` finds the places to fuse.
 """
 
 import copy
@@ -36,7 +38,9 @@ ENDINGS: dict[Any, Ending] = {
     **dict.fromkeys((nn.GELU, F.gelu), ("gelu", [], "none")),
 }
 SUMS = (operator.add, operator.iadd, torch.add)
-FUSED = (torch.float32, torch.bfloat16)  # the dtypes that oneDNN is asked for
+# The dtypes that oneDNN and cuDNN are asked for
+FUSED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+ALIGNED = 8  # channels in a multiple of it suit a GPU's tensor cores
 # How far the copy may be from float32, as a share of a map's root mean square: in low precision
 # twice as far as the network itself, and a little more.
 SLACK, SLACK_IN_FLOAT32 = 0.02, 1e-3
@@ -77,7 +81,7 @@ def fast_copy(network: nn.Module, dtype: torch.dtype, example: Tensor) -> nn.Mod
     with torch.autocast(example.device.type, enabled=False):
         exact = network(example)
     plain = network(example)
-    for may_fuse in (True, False) if example.is_cpu and dtype in FUSED else (False,):
+    for may_fuse in (True, False) if has_operators(example, dtype) else (False,):
         try:
             fast = _fold(network)
             fast = _fuse(fast) if may_fuse else fast
@@ -91,6 +95,11 @@ def fast_copy(network: nn.Module, dtype: torch.dtype, example: Tensor) -> nn.Mod
     return None
 
 
+def has_operators(example: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there are operators that end with more, where a tensor is, in a dtype."""
+    return dtype in FUSED.get(example.device.type, ())
+
+
 # of a model: when it was copied, for which dtype, and the copy, None where the model is better
 _TWINS: WeakKeyDictionary[nn.Module, tuple[Snapshot, torch.dtype, nn.Module | None]]
 _TWINS = WeakKeyDictionary()
@@ -99,10 +108,10 @@ _TWINS = WeakKeyDictionary()
 def prediction_copy(
     model: nn.Module, dtype: torch.dtype, before: Tensor, after: Tensor
 ) -> nn.Module:
-    """Return what to predict with: on a CPU a copy whose decoder and fusions are fused, too.
+    """Return what to predict with: a copy whose decoder and fusions are fused, too.
 
-    Its encoder counts as frozen, also one that has learnt. Where there is no such copy, and
-    elsewhere than on a CPU, it is the model itself. The copy is kept with the model and made anew
+    Its encoder counts as frozen, also one that has learnt. Where there is no such copy it is the
+    model itself. The copy is kept with the model and made anew
     when a weight was written to; training never sees it.
 
     Args:
@@ -111,14 +120,14 @@ def prediction_copy(
         before: (B, 3, H, W); the copy is compared with the model on the first pair.
         after: the same shape.
     """
-    if not before.is_cpu or dtype not in FUSED or model._compiled_call_impl is not None:
+    if not has_operators(before, dtype) or model._compiled_call_impl is not None:
         return model
     kept = _TWINS.get(model)
     if kept is None or kept[1] != dtype or not kept[0].is_current():
         pair, snapshot, twin = (before[:1], after[:1]), Snapshot(model), None
         try:
             found = _twin(model, dtype)
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(before.device.type, enabled=False):
                 exact = model(*pair)
             if is_as_exact(found(*pair), model(*pair), exact):
                 twin = found
@@ -217,7 +226,11 @@ def _fuse(folded: fx.GraphModule) -> fx.GraphModule:
             chain.append(follows)
         else:
             ending = NOTHING
-        if len(chain) > 1 or isinstance(layer, nn.Conv2d):
+        if _on_gpu(layer):
+            pays = ending == RELU and _suits_cudnn(layer)
+        else:
+            pays = len(chain) > 1 or isinstance(layer, nn.Conv2d)
+        if pays:
             name = f"fused_{number}"
             folded.add_submodule(name, Fused(layer, ending, in_place))
             with graph.inserting_before(chain[-1]):
@@ -257,6 +270,8 @@ class Fused(nn.Module):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.ending)
         if self.is_same:
             x = pad_same(x, self.weight.shape[2:], self.conv[1])
+        if _on_gpu(self):
+            return self._by_cudnn(x, other)
         weight = self._weight_for(x)
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(
@@ -269,6 +284,14 @@ class Fused(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *rest)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, other, *rest)
 
+    def _by_cudnn(self, x: Tensor, other: Tensor | None) -> Tensor:
+        """Do it on a GPU, where the activation is ReLU."""
+        padding, *rest = self.conv
+        where = (rest[0], padding, *rest[1:])
+        if other is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *where)
+        return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *where)
+
     def _weight_for(self, x: Tensor) -> Tensor:
         """Return the weight as oneDNN wants it for this size: else it is reordered at each call."""
         packed = self._packed
@@ -280,7 +303,7 @@ class Fused(nn.Module):
 
 
 class FusedSum(nn.Module):
-    """`ConvNormReLU` of several maps: a convolution of each, added to the one before.
+    """`ConvNormReLU` of several maps: on a CPU a convolution of each, added to the one before.
 
     It is that of the maps' concatenation, which took a tenth of a prediction's time by itself.
     """
@@ -293,6 +316,7 @@ class FusedSum(nn.Module):
 
     def forward(self, *maps: Tensor) -> Tensor:
         """Turn maps (B, C_i, h, w) into one (B, D, h, w)."""
+        maps = (torch.cat(maps, dim=1),) if _on_gpu(self.whole) else maps
         if not self.parts:
             self.parts = self._split([x.shape[1] for x in maps])
         result: Tensor | None = None
@@ -325,6 +349,18 @@ def _module(network: nn.Module, node: fx.Node | None) -> nn.Module | None:
     if isinstance(node, fx.Node) and node.op == "call_module":
         return network.get_submodule(str(node.target))
     return None
+
+
+def _on_gpu(layer: Any) -> bool:
+    return bool(layer.weight.is_cuda)
+
+
+def _suits_cudnn(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.groups == 1
+        and not (layer.in_channels % ALIGNED or layer.out_channels % ALIGNED)
+    )
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from losses import build_loss
 from metrics import ScoreHistogram, build_confusion, predict_classes
 from model import SiameseUNet, build_model, load_model
-from networks.fused import fast_copy
+from networks.fused import Fused, fast_copy, prediction_copy
 from networks.sliding_window import predict_logits
 from runtime.checkpoint import read_checkpoint
 from runtime.devices import Precision, explain_out_of_memory, pick_device
@@ -164,6 +164,13 @@ def test_the_frozen_encoder_has_a_folded_copy(device: torch.device) -> None:
         copied = fast_copy(backbone, torch.bfloat16, image[:1])
     assert copied is not None
     assert not any(isinstance(module, nn.BatchNorm2d) for module in copied.modules())
+    assert sum(isinstance(module, Fused) for module in copied.modules()) >= 16
+    before, after = (x.to(device) for x in batch_of("change", 1)[:2])
+    job.model.eval()
+    with torch.no_grad(), job.step.precision.autocast(device):
+        twin = prediction_copy(job.model, torch.bfloat16, before, after)
+        assert twin is not job.model
+        assert gap(twin(before, after).float(), job.model(before, after).float()) < 0.05
 
 
 def watched(batch: Batch, number: int) -> Iterator[Batch]:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import build_model
@@ -189,6 +190,45 @@ def test_a_model_predicts_with_all_of_it_fused(fusion: str, freeze: bool) -> Non
         low = prediction_copy(model, torch.bfloat16, before, after)
         exact = again(before, after)
         assert error(low(before, after), exact) <= 1.2 * error(model(before, after), exact)
+
+
+@pytest.mark.parametrize(("name", "number"), [("resnet18", 16), ("resnet50", 48)])
+@torch.no_grad()
+def test_a_gpu_is_asked_for_every_relu_after_aligned_channels(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins for cuDNN's operators; some shortcuts and the first layer are left."""
+    asked = []
+
+    def relu(x: Tensor, weight: Tensor, bias: Tensor, *where: Any) -> Tensor:
+        stride, padding, dilation, groups = where
+        asked.append(x.shape[1])
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def add_relu(
+        x: Tensor, weight: Tensor, other: Tensor, alpha: float, bias: Tensor, *where: Any
+    ) -> Tensor:
+        stride, padding, dilation, groups = where
+        asked.append(x.shape[1])
+        return F.relu(alpha * other + F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    monkeypatch.setattr(fused, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    model = build_model(backbone=name).eval()
+    model.encoder.load_state_dict(frozen(name).state_dict())
+    before, after = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
+    image = torch.rand(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    fast = fast_copy(model.encoder.backbone, torch.float32, image[:1])
+    assert fast is not None
+    assert sum(isinstance(module, Fused) for module in fast.modules()) == number
+    for own, other in zip(maps(fast(image)), maps(model.encoder.backbone(image)), strict=True):
+        assert error(own, other) < 1e-5
+    asked.clear()
+    twin = prediction_copy(model, torch.float32, before, after)
+    found = twin(before, after)
+    assert error(found, model(before, after)) < 1e-5
+    assert twin is not model and len(asked) > number
 
 
 @torch.no_grad()

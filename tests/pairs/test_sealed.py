@@ -22,11 +22,13 @@ def tif(path: Path, **profile: object) -> Path:
     return write_tif(path, np.full((3, 64, 64), 7, np.uint8), **profile)
 
 
-def vrt_of(other: object, size: int = 8) -> str:
+def vrt_of(other: Path | str, size: int = 8) -> str:
+    """Show an address, or a file beside the VRT: GDAL 3.12 opens no other from there."""
+    name, is_beside = (other.name, 1) if isinstance(other, Path) else (other, 0)
     return (
         f'<VRTDataset rasterXSize="{size}" rasterYSize="{size}"><VRTRasterBand dataType="Byte" '
-        'band="1" subClass="VRTRawRasterBand"><SourceFilename relativetoVRT="0">'
-        f"{other}</SourceFilename></VRTRasterBand></VRTDataset>"
+        f'band="1" subClass="VRTRawRasterBand"><SourceFilename relativeToVRT="{is_beside}">'
+        f"{name}</SourceFilename></VRTRasterBand></VRTDataset>"
     )
 
 

@@ -76,6 +76,13 @@ class Config:
     fusion: str = option(
         "concat", "how both dates become one: concat, diff, concat_diff, cross_attention"
     )
+    upsample: int = option(
+        1,
+        "2: the network sees the images at twice their size: finer outlines of small objects, "
+        "four times the work",
+        at_least=1,
+        at_most=2,
+    )
     weights: str = option("imagenet", "weights the encoder starts from: imagenet, none or a file")
     init: str | None = option(
         None,
@@ -340,6 +347,7 @@ def build(
         "backbone": config.backbone,
         "fusion": config.fusion,
         "num_classes": data.classes.num_classes,
+        "upsample": config.upsample,
     }
     model = build_model(**architecture, freeze_backbone=False)
     # the other processes get them from rank 0, in `parallel`

@@ -6,6 +6,9 @@
     decoder          (B, D_2, H/2, W/2)          deep to shallow, one fused map per step
     head             (B, K, H, W)                logits; K = 1 is binary change
 
+With `upsample=2` the encoder sees the dates at twice their size: every map has half that stride in
+pixels of the dates, and the decoder's last map has their size.
+
 and for semantic (from-to) change, beside it and on the same features:
 
     projection       (2B, D_s, H/s, W/s)         of each date alone, scale by scale
@@ -47,6 +50,7 @@ __all__ = [
 # scores no higher (EXPERIMENTS.md).
 WIDTHS = {2: 16, 4: 32, 8: 128, 16: 256, 32: 256}
 FINEST = 2  # stride of the decoder's last map
+UPSAMPLE = (1, 2)  # how many times their size the encoder may see the dates
 
 
 class DecoderBlock(nn.Module):
@@ -75,19 +79,25 @@ class SiameseUNet(nn.Module):
         encoder: gives `channels`, `strides` and one map per stride.
         fusion: builds a fusion from (in_channels, out_channels, stride).
         num_classes: channels of the logits; 1 is binary change.
+        upsample: how many times their size the encoder sees the dates, 1 or 2.
     """
 
     task = "change"
 
     def __init__(
-        self, encoder: Encoder, fusion: Callable[[int, int, int], nn.Module], num_classes: int
+        self,
+        encoder: Encoder,
+        fusion: Callable[[int, int, int], nn.Module],
+        num_classes: int,
+        upsample: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         scales = list(zip(encoder.channels, encoder.strides, strict=True))
         self.fusions = nn.ModuleList(fusion(c, WIDTHS[s], s) for c, s in scales)
-        self.decoder, self.head = _decoder_and_head(encoder, num_classes)
+        self.decoder, self.head = _decoder_and_head(encoder, num_classes, upsample)
         self.num_classes = num_classes
+        self.upsample = upsample
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Compare two dates of one scene.
@@ -108,6 +118,8 @@ class SiameseUNet(nn.Module):
         image = image.contiguous(memory_format=torch.channels_last)
         if image.dtype == torch.uint8:
             image = image.float().div_(255)
+        if self.upsample > 1:
+            image = F.interpolate(image, scale_factor=self.upsample, mode="bilinear")
         return self.encoder(image)
 
     def compare(self, before: list[Tensor], after: list[Tensor]) -> Tensor:
@@ -116,7 +128,7 @@ class SiameseUNet(nn.Module):
 
     def _compare(self, features: list[Tensor]) -> Tensor:
         fused = [fuse(*_dates(f)) for fuse, f in zip(self.fusions, features, strict=True)]
-        return _decode(self.decoder, self.head, fused)
+        return _decode(self.decoder, self.head, fused, FINEST // self.upsample)
 
 
 class SemanticUNet(SiameseUNet):
@@ -130,22 +142,30 @@ class SemanticUNet(SiameseUNet):
         encoder: gives `channels`, `strides` and one map per stride.
         fusion: builds a fusion from (in_channels, out_channels, stride).
         num_classes: K, of land cover; "unchanged" is none of them.
+        upsample: how many times their size the encoder sees the dates, 1 or 2.
     """
 
     task = "semantic"
 
     def __init__(
-        self, encoder: Encoder, fusion: Callable[[int, int, int], nn.Module], num_classes: int
+        self,
+        encoder: Encoder,
+        fusion: Callable[[int, int, int], nn.Module],
+        num_classes: int,
+        upsample: int = 1,
     ) -> None:
-        super().__init__(encoder, fusion, 1)
+        super().__init__(encoder, fusion, 1, upsample)
         scales = list(zip(encoder.channels, encoder.strides, strict=True))
         self.projections = nn.ModuleList(ConvNormReLU(c, WIDTHS[s], 1) for c, s in scales)
-        self.semantic_decoder, self.semantic_head = _decoder_and_head(encoder, num_classes)
+        self.semantic_decoder, self.semantic_head = _decoder_and_head(
+            encoder, num_classes, upsample
+        )
         self.num_classes = num_classes
 
     def _compare(self, features: list[Tensor]) -> Tensor:
         maps = [project(f) for project, f in zip(self.projections, features, strict=True)]
-        classes = _decode(self.semantic_decoder, self.semantic_head, maps)  # (2B, K, H, W)
+        step = FINEST // self.upsample
+        classes = _decode(self.semantic_decoder, self.semantic_head, maps, step)  # (2B, K, H, W)
         return torch.cat([super()._compare(features), *_dates(classes)], dim=1)
 
 
@@ -170,27 +190,34 @@ def _dates(both: Tensor) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-def _decoder_and_head(encoder: Encoder, num_logits: int) -> tuple[nn.ModuleList, nn.Conv2d]:
+def _decoder_and_head(
+    encoder: Encoder, num_logits: int, upsample: int
+) -> tuple[nn.ModuleList, nn.Conv2d]:
     """Build the steps from the deepest map to stride 2, and the head.
 
     An encoder without a map at stride 2 gets a step without skip. The last step to full resolution
-    is the head's: 2 x 2 logits per position, rearranged. A decoder block at full resolution costs a
-    quarter of the training speed.
+    is the head's: 2 x 2 logits per position, rearranged, or one where the dates are seen at twice
+    their size. A decoder block at full resolution costs a quarter of the training speed.
     """
     widths = [WIDTHS[stride] for stride in encoder.strides]
     steps = [(deep, skip, skip) for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)]
     if encoder.strides[0] > FINEST:
         steps.append((widths[0], 0, WIDTHS[FINEST]))
     blocks = nn.ModuleList(DecoderBlock(*step) for step in steps)
-    return blocks, nn.Conv2d(WIDTHS[FINEST], num_logits * FINEST**2, kernel_size=1)
+    per_position = (FINEST // upsample) ** 2
+    return blocks, nn.Conv2d(WIDTHS[FINEST], num_logits * per_position, kernel_size=1)
 
 
-def _decode(blocks: nn.ModuleList, head: nn.Module, maps: list[Tensor]) -> Tensor:
-    """Turn one map per stride, shallow to deep, into logits (B, K, H, W) or a little more."""
+def _decode(blocks: nn.ModuleList, head: nn.Module, maps: list[Tensor], step: int) -> Tensor:
+    """Turn one map per stride, shallow to deep, into logits (B, K, H, W) or a little more.
+
+    The head gives step x step of them per position.
+    """
     x = maps.pop()
     for block in blocks:
         x = block(x, maps.pop() if maps else None)
-    return F.pixel_shuffle(head(x), FINEST)
+    logits = head(x)
+    return F.pixel_shuffle(logits, step) if step > 1 else logits
 
 
 def build_model(
@@ -200,6 +227,7 @@ def build_model(
     fusion: str = "concat",
     num_classes: int = 1,
     freeze_backbone: bool = True,
+    upsample: int = 1,
 ) -> SiameseUNet:
     """Build a change detector with random weights; see `pretrained.py` for the encoder's.
 
@@ -210,14 +238,18 @@ def build_model(
         num_classes: 1 for binary change, else the number of classes, class 0 being "no change"; of
             semantic change the classes of land cover.
         freeze_backbone: keep the encoder's weights and statistics fixed.
+        upsample: 2 shows the encoder the dates at twice their size: finer outlines of small
+            objects, four times the work.
 
     Raises:
-        UserError: an unknown name, or no number of classes.
+        UserError: an unknown name, no number of classes, or another `upsample`.
     """
     check_names(task, backbone, fusion)
     if not 1 <= num_classes <= MAX_CLASSES:
         raise UserError(f"num_classes is {num_classes}; give 1 to {MAX_CLASSES}")
-    model = TASKS[task](build_encoder(backbone), FUSIONS[fusion], num_classes)
+    if upsample not in UPSAMPLE:
+        raise UserError(f"upsample is {upsample}; give {' or '.join(map(str, UPSAMPLE))}")
+    model = TASKS[task](build_encoder(backbone), FUSIONS[fusion], num_classes, upsample)
     _initialize(model)
     if freeze_backbone:
         model.encoder.freeze()
@@ -281,7 +313,7 @@ def _initialize(model: SiameseUNet) -> None:
     for module in (module for decoder in decoders for module in decoder.modules()):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if len(model.head.weight) == FINEST**2:  # one logit, of change
+    if len(model.head.weight) == (FINEST // model.upsample) ** 2:  # one logit, of change
         bias = model.head.bias
         assert bias is not None
         nn.init.constant_(bias, math.log(0.05 / 0.95))

@@ -374,7 +374,7 @@ def attention_maps(
         return look
 
     hooks = [
-        module.register_forward_pre_hook(watch(stride))
+        module.register_forward_pre_hook(watch(stride // model.upsample))
         for fusion, stride in zip(model.fusions, model.encoder.strides, strict=True)
         for module in fusion.modules()
         if isinstance(module, CrossAttention)

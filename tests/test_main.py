@@ -28,7 +28,7 @@ from networks.weights import WeightsUnavailableError
 from pairs.sources import FileSource
 from pairs.synthetic import sample_set as sample_data
 from pairs.synthetic.sample_set import choose_data
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.config import parse
 from runtime.errors import DivergedError, Interrupted, UserError
 from training import run_folder, splits
@@ -711,3 +711,36 @@ def test_a_start_brings_its_architecture(
     saved = json.loads((tmp_path / "runs" / "second" / "config.json").read_text())
     assert (saved["backbone"], saved["fusion"]) == (TINY, "diff")
     assert "3 updates in all, which are few" in capsys.readouterr().out
+
+
+def test_a_run_sees_images_at_twice_their_size(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    train(options(tree, name="first", epochs=1, upsample=2))
+    assert f"{TINY}, concat, images at 2 times their size: " in capsys.readouterr().out
+    assert read_checkpoint(first / "last.pt")["model_kwargs"]["upsample"] == 2
+    with pytest.raises(UserError, match="--upsample: 2, now 1"):
+        train({"resume": str(first), "upsample": 1})
+    train({"resume": str(first), "epochs": 2})
+    train(options(tree, name="second", epochs=1, init=str(first)))
+    assert read_checkpoint(second / "last.pt")["model_kwargs"]["upsample"] == 2
+    with pytest.raises(UserError, match="its upsample is 2, this run's 1; change --upsample"):
+        train(options(tree, name="third", init=str(first), upsample=1))
+
+
+def test_a_run_without_upsample_goes_on_and_is_a_start(tree: Path, tmp_path: Path) -> None:
+    first = tmp_path / "runs" / "first"
+    train(options(tree, name="first", epochs=1))
+    for path in (first / "last.pt", first / "best.pt"):  # as an earlier version left them
+        state = read_checkpoint(path)
+        del state["model_kwargs"]["upsample"], state["config"]["upsample"]
+        save_checkpoint(path, state)
+    train({"resume": str(first), "epochs": 2})
+    assert read_checkpoint(first / "last.pt")["progress"]["epoch"] == 2
+    state = read_checkpoint(first / "best.pt")
+    state["model_kwargs"].pop("upsample", None)
+    save_checkpoint(first / "best.pt", state)
+    train(options(tree, name="second", epochs=1, init=str(first)))
+    with pytest.raises(UserError, match="its upsample is 1, this run's 2; change --upsample"):
+        train(options(tree, name="third", init=str(first), upsample=2))

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dataset import PairLoader
 from metrics import Confusion, ScoreHistogram
-from model import SiameseUNet
+from model import SiameseUNet, build_model
 from runtime.checkpoint import read_checkpoint, restore, short
 from runtime.devices import Precision
 from runtime.distributed import all_reduce_, no_sync, rank, summand, world_size
@@ -337,8 +337,9 @@ def load_init(model: SiameseUNet, architecture: dict[str, Any], word: str) -> st
     """
     path = find_model(word)
     state = read_checkpoint(path)
+    usual = build_model.__kwdefaults__ or {}  # of what an older checkpoint does not name
     for name, wanted in architecture.items():
-        if (found := state["model_kwargs"].get(name)) != wanted:
+        if (found := {**usual, **state["model_kwargs"]}.get(name)) != wanted:
             flag = name.replace("_", "-")
             raise UserError(
                 f"--init {word}: its {name} is {short(found)}, this run's {wanted}; change "

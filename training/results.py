@@ -44,6 +44,7 @@ def describe_run(run: Run, learner: Learner, data: Data) -> str:
     dtype = learner.step.precision.dtype or torch.float32
     processes = f", each of {world_size()} processes" if world_size() > 1 else ""
     updates = -(-len(data.train) // run.config.accumulate) * run.config.epochs
+    size = f", images at {run.config.upsample} times their size" if run.config.upsample > 1 else ""
     few = (
         f"\nwarning: {counted(updates, 'update')} in all, which are few; smaller crops and batches "
         "or more --epochs make more, --init RUN starts from a trained model"
@@ -51,7 +52,7 @@ def describe_run(run: Run, learner: Learner, data: Data) -> str:
         else ""
     )
     return (
-        f"model   {run.config.backbone}, {run.config.fusion}: {learning / 1e6:.1f} M of "
+        f"model   {run.config.backbone}, {run.config.fusion}{size}: {learning / 1e6:.1f} M of "
         f"{total / 1e6:.1f} M parameters learn; weights: {learner.weights}\n"
         f"device  {describe(learner.progress.device)}, {str(dtype).removeprefix('torch.')}, "
         f"{counted(data.train.num_workers, 'worker')}{processes}\n"

@@ -289,7 +289,7 @@ def architecture_of(start: str, given: Collection[str]) -> dict[str, Any]:
     known = read_checkpoint(find_model(start))["model_kwargs"]
     return {
         name: known[name]
-        for name in ("task", "backbone", "fusion")
+        for name in ("task", "backbone", "fusion", "upsample")
         if name in known and name not in given
     }
 

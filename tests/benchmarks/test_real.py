@@ -65,3 +65,31 @@ def test_a_finished_run_of_other_options_is_not_taken_for_these(
     assert real["train"](arguments, "recipe", same, 0) == tmp_path / "recipe"
     with pytest.raises(SystemExit, match="--lr: 0.001, now 0.002"):
         real["train"](arguments, "recipe", ["--lr", "2e-3"], 0)
+
+
+def test_the_recipe_and_its_start_see_images_at_twice_their_size(
+    real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def train(arguments: argparse.Namespace, name: str, options: list[str], seed: int) -> Path:
+        trained.append((name, options, arguments.epochs))
+        return Path(arguments.runs / name)
+
+    inside = real["main"].__globals__
+    monkeypatch.setitem(inside, "train", train)
+    monkeypatch.setitem(inside, "why_not", lambda _: None)
+    monkeypatch.setitem(inside, "make_sample_set", lambda folder: folder)
+    common = ["real.py", "--data-dir", str(tmp_path), "--runs", str(tmp_path / "runs"), "--train"]
+    for words in ([], ["real-alone", "--epochs", "30"], ["frozen"]):
+        monkeypatch.setattr(sys, "argv", [*common, *words])
+        real["main"]()
+    recipe = real["RECIPE"]
+    start = ["--init", str(tmp_path / "runs" / "synthetic-twice" / "best.pt")]
+    assert recipe[-2:] == ["--upsample", "2"]
+    assert trained == [
+        ("synthetic-twice", ["--upsample", "2"], 30),
+        ("recipe", [*recipe, *start], real["RECIPE_EPOCHS"]),
+        ("real-alone", recipe, 30),
+        ("frozen", [], 30),
+    ]

@@ -4,8 +4,9 @@ Every protocol side by side, at the model's own threshold and at the one chosen 
 curves, calibration, the worst pairs; `--robustness` corrupts the later date. Several checkpoints
 (seeds) give mean and standard deviation; `--compare runs/a runs/b` says whether b is better than a.
 All of it goes to <run>/evaluation/<split>/, or with several checkpoints beside their runs, and to
-the MLflow run of the training; report.html there opens in any browser. Started by torchrun, several
-processes share the images.
+the MLflow run of the training; report.html there opens in any browser. `--flips` scores what
+`predict.py --flips` maps, in <split>-flips. Started by torchrun, several processes share the
+images.
 """
 
 if __name__ == "__main__":  # Ctrl-C ends it in silence from here on, while modules are imported
@@ -74,6 +75,7 @@ class Config:
     )
     window: int = option(512, "side of a sliding window", above=0)
     overlap: int = option(128, "overlap of neighbouring windows, in pixels", at_least=0)
+    flips: bool = shared("flips")
     min_object: int = option(MIN_PIXELS, "pixels of the smallest object that counts", above=0)
     compare: bool = option(
         False, "each model minus the first: difference in change IoU, paired bootstrap over images"
@@ -253,6 +255,7 @@ def predictor_of(
         num_workers=pick_workers(config.workers, local_world_size()),
         window=config.window,
         overlap=config.overlap,
+        flips=config.flips,
     )
 
 
@@ -263,10 +266,12 @@ def report_of(
     runs = [one.report for one in evaluated]
     knows_data = all(run["trained_on_this_data"] for run in runs)
     result = next(iter(evaluated[0].results.values()))
+    place = config.split if knows_data else f"{data.folder}-{config.split}"
     return {
         "data": data.name,
         "split": config.split,
-        "place": config.split if knows_data else f"{data.folder}-{config.split}",
+        "place": f"{place}-flips" if config.flips else place,
+        "flips": config.flips,
         "pairs": len(data.split),
         "val_pairs": len(data.val) if data.val else 0,
         "has_change": result.counts.histogram.has_change(),
@@ -390,6 +395,8 @@ def describe_checkpoint(
         report["robustness"] = {"protocol": ROBUSTNESS_PROTOCOL, "rows": measured.robustness}
     run_name, num_pairs = path.resolve().parent.name, len(data.split)
     title = f"{run_name} on the {config.split} split of {data.name}, {counted(num_pairs, 'pair')}"
+    if config.flips:
+        title += ", --flips"
     if report["caution"]:
         title += f"\nOPTIMISTIC: {report['caution']}"
     figures = draw_all(

@@ -111,7 +111,7 @@ class Config:
     window: int = option(768, "side of the windows that the model sees", group="windows", above=0)
     overlap: int = option(128, "overlap of neighbouring windows, in pixels", at_least=0)
     batch_size: int = option(2, "windows at once", short="-b", above=0)
-    flips: bool = option(False, "average over mirror images: four times the cost")
+    flips: bool = shared("flips")
 
     device: str = shared("device", group="machine")
     amp: str = shared("amp")
@@ -358,13 +358,18 @@ def prepare(config: Config, kinds: Kinds) -> tuple[Config, dict[str, Any], list[
 
 def _with_threshold(config: Config, path: Path) -> Config:
     """Return the options with the threshold that evaluate.py has chosen, if it has."""
-    if chosen := stored_threshold(path):
-        threshold, source = chosen
-        print(f"threshold {threshold:g}, chosen on val ({source}); --threshold sets another")
-        return replace(config, threshold=threshold)
+    for flips in (config.flips, not config.flips):
+        if chosen := stored_threshold(path, flips=flips):
+            threshold, source = chosen
+            how = "" if flips == config.flips else f" {'with' if flips else 'without'} --flips"
+            print(
+                f"threshold {threshold:g}, chosen on val{how} ({source}); --threshold sets another"
+            )
+            return replace(config, threshold=threshold)
+    words = f"{path.parent.name} --split val{' --flips' if config.flips else ''}"
     print(
         "threshold 0.5, which fits few scenes: on labelled pairs, your own with --data-dir, "
-        f"`python evaluate.py {path.parent.name} --split val` finds a better one for --threshold"
+        f"`python evaluate.py {words}` finds a better one for --threshold"
     )
     return config
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from networks.fused import prediction_copy
+from networks.mirrors import Pairs, mean_over_views
 from runtime.devices import Precision, pick_precision
 from runtime.distributed import agree, all_reduce_, share
 from runtime.memory import return_freed_memory
@@ -346,20 +347,16 @@ def _predict_windows(
             pairs[1:], pairs, batches[1:], batches, strict=False
         )
     ]
-    views: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
-    totals: list[Tensor] = []
-    for axes in views:
+
+    def ask(view: Pairs) -> list[Tensor]:
         with precision.autocast(batches[0][0].device):
             fast = prediction_copy(model, precision.dtype or torch.float32, *batches[0])
-            seen = _compare_dates(fast, [[d.flip(axes) for d in b] for b in batches], is_known)
-        seen = [logits.float().flip(axes) for logits in seen]
-        totals = [a + b for a, b in zip(totals, seen, strict=True)] if totals else seen
-    return [total / len(views) for total in totals]
+            return [logits.float() for logits in _compare_dates(fast, view, is_known)]
+
+    return mean_over_views(ask, batches) if flips else ask(batches)
 
 
-def _compare_dates(
-    model: nn.Module, pairs: Sequence[Sequence[Tensor]], is_known: Sequence[bool]
-) -> list[Tensor]:
+def _compare_dates(model: nn.Module, pairs: Pairs, is_known: Sequence[bool]) -> list[Tensor]:
     """Return the logits of each pair.
 
     Args:

@@ -31,6 +31,10 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "GB that all caches of decoded pairs may take on the disk",
         "above": 0,
     },
+    "flips": {
+        "default": False,
+        "help": "average over mirror images: four times the cost",
+    },
     "device": {
         "default": "auto",
         "help": "device: auto, cpu, cuda, cuda:1 or mps",

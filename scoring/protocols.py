@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dataset import PATCH_SIZE, ChangeDataset, make_loader
 from model import SiameseUNet
+from networks.mirrors import Pairs, mean_over_views
 from networks.sliding_window import OVERLAP, WINDOW, predict_logits
 from pairs.sources import Source
 from runtime.devices import Precision, explain_out_of_memory
@@ -39,6 +40,7 @@ class Predictor:
         num_workers: processes that cut patches.
         window: side of a sliding window.
         overlap: of neighbouring windows.
+        flips: average over mirror images of a patch, an image or a window.
     """
 
     model: SiameseUNet
@@ -47,6 +49,7 @@ class Predictor:
     num_workers: int = 0
     window: int = WINDOW
     overlap: int = OVERLAP
+    flips: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +134,7 @@ class Predictor:
                 window=self.window,
                 overlap=self.overlap,
                 batch_size=self.batch_size,
+                flips=self.flips,
                 amp=self.amp,
             )
             batch = Prediction.of_logits(logits[None], self.model.task)
@@ -139,8 +143,13 @@ class Predictor:
     @torch.no_grad()
     def _forward(self, before: Tensor, after: Tensor) -> Prediction:
         before, after = (t.to(self.device, non_blocking=True) for t in (before, after))
+
+        def ask(pairs: Pairs) -> list[Tensor]:
+            return [self.model(*pair) for pair in pairs]
+
+        dates = [(before, after)]
         with Precision.named(self.amp, self.device).autocast(self.device):
-            logits = self.model(before, after)
+            (logits,) = mean_over_views(ask, dates) if self.flips else ask(dates)
         return Prediction.of_logits(logits, self.model.task)
 
 

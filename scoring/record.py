@@ -51,7 +51,8 @@ def write_results(wanted: Path | None, report: Report, evaluated: Sequence[Evalu
     Args:
         wanted: the folder; what is there already stays, see `write_folder`. When None it is
             evaluation/<split> in the run's folder, or with several checkpoints beside that of the
-            first; of other data than the training's it is evaluation/<data>-<split>.
+            first; of other data than the training's it is evaluation/<data>-<split>. What was
+            averaged over mirror images ends with -flips.
         report: of all checkpoints.
         evaluated: the checkpoints.
 
@@ -112,13 +113,14 @@ def _page(report: Report, evaluated: Sequence[Evaluated], parts: Sequence[Path])
     return {"title": title, "about": lines, "sections": sections}
 
 
-def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
+def stored_threshold(checkpoint: Path, *, flips: bool = False) -> tuple[float, Path] | None:
     """Return the threshold that evaluate.py chose on val for a checkpoint, and the file it is in.
 
-    Of overlapping windows if that protocol was evaluated, else of the first one. The newest counts
-    that is beside the checkpoint, or beside its run where several were evaluated together. One of
-    another checkpoint, of other data than the training's, of fewer than `FEW_PAIRS`, or that cannot
-    be read, or for which val held no change, does not count.
+    Of the mean over mirror images or of the image alone, as `flips` says. Of overlapping windows if
+    that protocol was evaluated, else of the first one. The newest counts that is beside the
+    checkpoint, or beside its run where several were evaluated together. One of another checkpoint,
+    of other data than the training's, of fewer than `FEW_PAIRS`, or that cannot be read, or for
+    which val held no change, does not count.
     """
     run_dir = checkpoint.resolve().parent
     found = [p for home in (run_dir, run_dir.parent) for p in home.glob("evaluation/*/scores.json")]
@@ -128,6 +130,8 @@ def stored_threshold(checkpoint: Path) -> tuple[float, Path] | None:
             report = read_json(path)
             run = next(r for r in report["runs"] if r["sha256"] == digest)
             if not run["trained_on_this_data"] or report["val_pairs"] < FEW_PAIRS:
+                continue
+            if report.get("flips", False) != flips:  # older files do not say
                 continue
             if not report.get("val_has_change", True):  # older files do not say
                 continue
@@ -177,8 +181,9 @@ def log_results(
     """Add scores and figures to the MLflow run of each training, and to TensorBoard.
 
     Names begin with evaluation/<split>/<protocol>/<operating point>/, or of other data than that
-    of the training evaluation/<data>-<split>/; the step is the epoch of the
-    checkpoint. TensorBoard's files lie with the results, where they are a run of their own.
+    of the training evaluation/<data>-<split>/; with `--flips` it is <split>-flips. The step is the
+    epoch of the checkpoint. TensorBoard's files lie with the results, where they are a run of their
+    own.
     Nothing here can fail: see `tracking.py`.
 
     Args:

@@ -1,6 +1,6 @@
 """What an evaluation says: every number in one dictionary, its table and its JSON.
 
-    {"split": ..., "runs": [RUN, ...]}      of several runs also "mean" and "std": PROTOCOLS
+    {"split": ..., "flips": ..., "runs": [RUN, ...]}  of several also "mean" and "std": PROTOCOLS
     RUN          {"checkpoint": ..., "caution": ..., "protocols": PROTOCOLS, "robustness": [...]}
     PROTOCOLS    {protocol: {"average_precision": ..., "points": {point: POINT}}}
     POINT        {"threshold": ..., "scores": {name: value}, "intervals": {name: [low, high]},
@@ -200,6 +200,8 @@ def about(report: Report) -> list[str]:
     lines += [f"{run['checkpoint']} (epoch {run['epoch']})" for run in runs]
     if len(runs) > 1 and "comparison" not in report:
         lines.append(f"mean ± standard deviation of {len(runs)} checkpoints")
+    if report["flips"]:
+        lines.append("--flips: the mean over four mirror images of each patch, image or window")
     cautions = dict.fromkeys(run["caution"] for run in runs if run["caution"])
     return lines + [f"OPTIMISTIC: {caution}" for caution in cautions]
 

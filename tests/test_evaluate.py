@@ -213,6 +213,25 @@ def test_two_models_are_compared_on_the_same_images(
         evaluated(trained, compare=True)
 
 
+def test_flips_are_said_and_kept_apart(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    plain = evaluated(trained, protocols="patches")
+    mean = evaluated(trained, protocols="patches", flips=True, robustness=True)
+    assert not plain["flips"] and mean["flips"]
+    assert "mirror images" not in text(plain)
+    assert "--flips: the mean over four mirror images" in text(mean)
+    assert {p.name for p in (trained / "evaluation").iterdir()} == {"test", "test-flips"}
+    folder = trained / "evaluation" / "test-flips"  # also where MLflow's names begin
+    assert json.loads((folder / "scores.json").read_text())["flips"] is True
+    assert "mean over four mirror images" in (folder / "report.html").read_text("utf-8")
+    runs = [report["runs"][0] for report in (plain, mean)]
+    found, of_mean = (run["protocols"]["patches"] for run in runs)
+    for name in ("average_precision", "calibration_error"):
+        assert found[name] != of_mean[name]
+    assert found["points"]["val"]["threshold"] != of_mean["points"]["val"]["threshold"]
+    clean = runs[1]["robustness"]["rows"][0]["change_iou"]
+    assert clean == of_mean["points"]["default"]["scores"]["change_iou"]
+
+
 def test_three_classes(tmp_path: Path) -> None:
     tree = save_tree(tmp_path / "mci", size=(40, 40), train=3, val=2, test=2)
     for number, path in enumerate(sorted(tree.rglob("label/*.png"))):

@@ -168,6 +168,35 @@ def test_threshold_of_an_evaluation_is_taken_and_said(
     assert stored_threshold(Path(best)) is None
 
 
+def test_a_threshold_is_of_the_same_flips_or_says_that_it_is_not(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    best = Path(shutil.copy(checkpoint, tmp_path / "best.pt"))
+    files = [save(tmp_path / f"{i}.png", picture(i, 40, 40)) for i in (1, 2)]
+
+    def chosen(**options: bool) -> str:
+        run(best, *files, tmp_path / "out", overwrite=True, **options)
+        said = capsys.readouterr().out
+        return next(line for line in said.splitlines() if line.startswith("threshold"))
+
+    assert "--split val --flips`" in chosen(flips=True) and "--flips" not in chosen()
+    for name, flips, threshold in (("test", {}, 0.25), ("test-flips", {"flips": True}, 0.75)):
+        scores = tmp_path / "evaluation" / name / "scores.json"
+        scores.parent.mkdir(parents=True)
+        of_run = {
+            "sha256": digest_of(best),
+            "trained_on_this_data": True,
+            "protocols": {"sliding": {"points": {"val": {"threshold": threshold}}}},
+        }
+        scores.write_text(json.dumps({"runs": [of_run], "val_pairs": 64, **flips}))
+        if name == "test":
+            assert "threshold 0.25, chosen on val without --flips (" in chosen(flips=True)
+    assert "threshold 0.25, chosen on val (" in chosen()
+    assert "threshold 0.75, chosen on val (" in chosen(flips=True)
+    (tmp_path / "evaluation" / "test" / "scores.json").unlink()
+    assert "threshold 0.75, chosen on val with --flips (" in chosen()
+
+
 def test_classes_have_values_a_palette_and_a_threshold_if_asked(tmp_path: Path) -> None:
     colors = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
     data = {"class_names": ["none", "road", "house"], "class_colors": colors}

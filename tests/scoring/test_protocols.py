@@ -30,6 +30,18 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     return open_dataset(tree).source
 
 
+class TwoDates(Source):
+    """The same label at both dates, as semantic change has two."""
+
+    def __init__(self, source: Source) -> None:
+        self.pairs, self.encoding, self.sizes = source.pairs, source.encoding, source.sizes
+        self.source = source
+
+    def channels(self, number: int) -> torch.Tensor:
+        channels = self.source.channels(number)
+        return torch.cat([channels, channels[6:]])
+
+
 def logits_of(model: SiameseUNet, channels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(channels[None, :3], channels[None, 3:6])
@@ -79,18 +91,60 @@ def test_two_dates_of_classes(source: Source) -> None:
     torch.manual_seed(0)
     semantic = build_model(task="semantic", backbone=TINY, num_classes=3).eval()
 
-    class TwoDates(Source):
-        pairs, encoding, sizes = source.pairs, source.encoding, source.sizes
-
-        def channels(self, number: int) -> torch.Tensor:
-            channels = source.channels(number)
-            return torch.cat([channels, channels[6:]])
-
     for protocol in PROTOCOLS:
-        for prediction, truth in Predictor(semantic).predict(TwoDates(), protocol):
+        for prediction, truth in Predictor(semantic).predict(TwoDates(source), protocol):
             height, width = prediction.change.shape
             assert prediction.change_classes.shape == truth.shape == (2, height, width)
             assert prediction.change_classes.min() >= 1 and prediction.change_classes.max() <= 3
+
+
+def of_four_by_hand(model: SiameseUNet, channels: torch.Tensor) -> torch.Tensor:
+    def seen(*axes: int) -> torch.Tensor:
+        return logits_of(model, channels.flip(axes)).flip(axes)
+
+    return (seen() + seen(-1) + seen(-2) + seen(-2, -1)) / 4
+
+
+@pytest.mark.usefixtures("tiny_network")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("task", ["change", "semantic"])
+def test_flips_are_a_mean_of_four_made_by_hand(protocol: str, task: str, source: Source) -> None:
+    torch.manual_seed(0)
+    num_classes, source = (3, TwoDates(source)) if task == "semantic" else (1, source)
+    model = build_model(task=task, backbone=TINY, num_classes=num_classes).eval()
+    number = next(i for i, pair in enumerate(source.pairs) if pair.name == "exact")
+    found, plain = (
+        list(Predictor(model, flips=flips).predict(source, protocol))[number][0]
+        for flips in (True, False)
+    )
+    image = source.channels(number)[:6]
+    parts = image.split(32, dim=-1) if protocol == "patches" else [image]  # 32 x 64 pixels
+    logits = torch.cat([of_four_by_hand(model, part) for part in parts], dim=-1)
+    expected = Prediction.of_logits(logits, task)
+    assert np.abs(found.change.astype(int) - expected.change[0]).max() <= 1
+    assert (found.change_classes == expected.change_classes[0]).mean() > 0.999
+    assert (found.classes == expected.classes[0]).mean() > 0.999
+    assert np.abs(found.change.astype(int) - plain.change).max() > 10
+
+
+@pytest.mark.usefixtures("tiny_network")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_flips_change_nothing_of_a_model_that_sees_each_pixel_alone(
+    protocol: str, source: Source
+) -> None:
+    class Darker(SiameseUNet):
+        def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            return (before.float() - after.float()).mean(1, keepdim=True) / 64
+
+    model = build_model(backbone=TINY).eval()
+    model.__class__ = Darker
+    plain, mean = (
+        [p for p, _ in Predictor(model, flips=flips).predict(source, protocol)]
+        for flips in (False, True)
+    )
+    for one, other in zip(plain, mean, strict=True):
+        assert np.array_equal(one.change, other.change)
+        assert np.array_equal(one.classes, other.classes)
 
 
 def test_no_room_says_what_to_try(source: Source, model: SiameseUNet) -> None:

@@ -56,6 +56,7 @@ def test_foreign_text_ends_no_evaluation(tmp_path: Path, monkeypatch: pytest.Mon
         "data": ODD_PAIR,
         "split": "val",
         "place": "val",
+        "flips": True,
         "pairs": 3,
         "val_pairs": 3,
         "has_change": True,

@@ -95,12 +95,15 @@ def step(arguments: argparse.Namespace) -> None:
         "ceiling_flops": measure.ceilings(device, 0.25 if arguments.tiny else None),
         "rows": [],
     }
-    for num_pairs in (2,) if arguments.tiny else (8, 64):
-        for learns in (False, True):
-            add_step(arguments, found, num_pairs, learns=learns)
-        add_step(arguments, found, num_pairs, mode="no graph")
-    for num_pairs in () if arguments.tiny else (32, 128, 256):
+    small, large = (2, 2) if arguments.tiny else (8, 64)
+    for num_pairs in (small, large):
         add_step(arguments, found, num_pairs)
+    for num_pairs in (small, large):
+        add_step(arguments, found, num_pairs, learns=True)
+    for num_pairs in (small,) if arguments.tiny else (128, 256, 32):
+        add_step(arguments, found, num_pairs)
+    for num_pairs in (small, large):
+        add_step(arguments, found, num_pairs, mode="no graph")
 
 
 def compiled(arguments: argparse.Namespace) -> None:
@@ -132,7 +135,7 @@ def add_step(
         if mode == "compiled":
             torch._dynamo.reset()
             model.to(device).compile()
-        steps = 1 if arguments.tiny else max(8, 2048 // pairs)
+        steps = 1 if arguments.tiny else max(8, 1024 // pairs)
         batch = batch_of(pairs, size, device)
         work = train(model, device, batch, steps, may_capture=mode != "no graph")
         (rates,) = measure.alternate({"ours": work}, device, 1 if arguments.tiny else 3).values()
@@ -244,7 +247,7 @@ def scene(arguments: argparse.Namespace) -> None:
     found: dict[str, Any] = {"side": side, "network": [], "predict.py": []}
     generator = torch.Generator().manual_seed(0)
     dates = torch.randint(0, 256, (2, 3, side, side), generator=generator, dtype=torch.uint8)
-    for window, batch in ((128, 2),) if arguments.tiny else ((512, 4), (512, 32), (1024, 16)):
+    for window, batch in ((128, 2),) if arguments.tiny else ((1024, 16), (512, 32), (512, 4)):
         model = ours(backbone=backbone(arguments)).to(device)
         row: dict[str, Any] = {"window": window, "batch": batch}
         for _ in range(1 if arguments.tiny else 2):  # the first time also prepares

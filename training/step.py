@@ -1,10 +1,12 @@
 """What a training step computes of one batch; on a GPU as one CUDA graph.
 
 A step launches some hundred kernels. A small batch is done sooner than they are launched, so the
-GPU waits for Python. A graph is launched whole. It is captured from the very code that runs
-without it (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+GPU waits for Python: on an H100 a step with 8 pairs is 4.7 times as fast as one graph. It is
+captured from the very code that runs without it, and compared with that on its first batch
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +17,7 @@ from runtime.devices import Precision
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WARM_UPS = 3  # of a capture, for all that is done at first use: copies, the choice of algorithms
+SLACK = 0.05  # how far a graph's results may be from the step's own; some sums differ in order
 
 
 class Step:
@@ -85,7 +88,7 @@ class Step:
 class _Graph:
     """A captured step: it reads its batch from `inputs` and `factors`, and writes `results`."""
 
-    def __init__(self, step: Step, batch: Sequence[Tensor]) -> None:
+    def __init__(self, step: Step, batch: Sequence[Tensor], random: Tensor) -> None:
         device = batch[0].device
         self.inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in batch]
         self.factors = [torch.ones((), device=device), torch.ones((), device=device)]
@@ -94,13 +97,23 @@ class _Graph:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                step.run(self.inputs, *self.factors, casts_once=False)
+                step.model.zero_grad(set_to_none=False)
+                torch.cuda.set_rng_state(random, device)
+                usual = step.run(self.inputs, *self.factors, casts_once=False)
         torch.cuda.current_stream(device).wait_stream(side)
-        step.model.zero_grad(set_to_none=False)
+        exact = [*usual, _gradient(step.model)]
+        del usual
         self.graph = torch.cuda.CUDAGraph()
         # a loader that pins memory in its thread may go on, as it would not with "global"
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.results = step.run(self.inputs, *self.factors, casts_once=False)
+        step.model.zero_grad(set_to_none=False)
+        torch.cuda.set_rng_state(random, device)
+        self.graph.replay()
+        found = [*self.results, _gradient(step.model)]
+        if (gap := max(map(_gap, found, exact))) > SLACK:
+            raise RuntimeError(f"as a graph it computes otherwise, by {gap:.1%}")
+        step.model.zero_grad(set_to_none=False)
         # the graph goes on reading the weights of an encoder's fast copy, also when a newer one
         # has taken its place
         self.copies = [getattr(module, "_fast", None) for module in step.model.modules()]
@@ -111,13 +124,14 @@ class _Graph:
         device = batch[0].device
         buffers = list(step.model.buffers())
         kept, random = [b.clone() for b in buffers], torch.cuda.get_rng_state(device)
-        graph = None
+        stream, graph = torch.cuda.current_stream(device), None
         try:
-            graph = cls(step, batch)
+            graph = cls(step, batch, random)
         except RuntimeError as error:  # it waits for the host, or has no memory left for a graph
             reason = str(error).partition("\n")[0]
             print(f"note: a step takes no CUDA graph, and so more time ({reason})", flush=True)
             step.model.zero_grad(set_to_none=True)
+            torch.cuda.set_stream(stream)  # a capture that failed may have left its own
         for buffer, before in zip(buffers, kept, strict=True):
             if not torch.equal(buffer, before):  # a write would make a frozen encoder copy itself
                 buffer.copy_(before)
@@ -139,3 +153,15 @@ class _Graph:
                 place.fill_(value)
         self.graph.replay()
         return self.results
+
+
+def _gradient(model: nn.Module) -> Tensor:
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(parts)
+
+
+def _gap(found: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference, as a share of the exact one's; infinite for NaN."""
+    found, exact = found.float(), exact.float()
+    gap = float((found - exact).norm() / exact.norm().clamp(min=1e-12))
+    return gap if math.isfinite(gap) else math.inf

@@ -86,6 +86,8 @@ def tests(arguments: argparse.Namespace) -> None:
             if "PASSED" in line or "FAILED" in line:
                 save(arguments, {"exit_code": None, "output": lines[-300:]})
     save(arguments, {"exit_code": process.returncode, "output": lines[-300:]})
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def step(arguments: argparse.Namespace) -> None:
@@ -399,6 +401,9 @@ def main() -> None:
     parser.add_argument("--only", help="some of the parts: run,trace")
     parser.add_argument("--part", choices=parts(), help="one of them, in this process")
     arguments = parser.parse_args()
+    wanted = arguments.only.split(",") if arguments.only else []
+    if unknown := [name for name in wanted if name not in parts()]:
+        parser.error(f"--only {','.join(unknown)}: choose of {', '.join(parts())}")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.part:

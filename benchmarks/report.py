@@ -219,7 +219,7 @@ def gpu_steps(result: Mapping[str, Any]) -> str:
     rows = (
         (
             row["encoder"],
-            row["mode"] or "no",
+            row["mode"] or "as main.py does it",
             f"{row['batch']}",
             f"{row['rate']:.0f}" if "rate" in row else row.get("fault", ""),
             f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "",
@@ -229,7 +229,7 @@ def gpu_steps(result: Mapping[str, Any]) -> str:
     )
     columns = (
         "encoder",
-        "compiled",
+        "how",
         "batch",
         "pairs/s",
         "peak memory, GB",
